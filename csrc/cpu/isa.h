@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set's kernels run: the best one this processor has, or the one named by PYDISTILL_ISA.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "limits.h"
+#include "soft_target.h"
+
+namespace pyd {
+
+struct Kernels {
+  const char* isa;
+  const SoftTargetKernel& soft_target;
+  const LimitKernels& limits;
+};
+
+// Chosen once, at first use. Throws std::runtime_error where PYDISTILL_ISA names a set that is not compiled in or that
+// this processor does not have.
+const Kernels& kernels();
+
+std::vector<std::string> isas_compiled();
+
+}  // namespace pyd

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// START HERE (native): the schema of every op, and the Python module with build information and raw kernel entry points.
+// The implementations register themselves in csrc/<loss>.cpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/isa.h"
+
+STABLE_TORCH_LIBRARY(pydistill, m) {
+  // Loss, gradient of the student's logits (empty unless asked for), and the factor that is still to be applied to it.
+  m.def(
+      "soft_target(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? num_items, str divergence, "
+      "float temperature, float hard_weight, float jsd_beta, bool scale_by_temperature, int ignore_index, "
+      "str reduction, bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor gradient_scale)");
+  // The same with the gradient written over the student's logits.
+  m.def(
+      "soft_target_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? num_items, str divergence, "
+      "float temperature, float hard_weight, float jsd_beta, bool scale_by_temperature, int ignore_index, "
+      "str reduction) -> (Tensor loss, Tensor gradient_scale)");
+  // rows *= scale, one factor for all or one per row; nothing is touched where the factor is 1.
+  m.def("scale_rows_(Tensor(a!) rows, Tensor scale) -> ()");
+}
+
+namespace {
+
+constexpr int64_t stream_block = 1 << 16;
+
+void stream(uintptr_t a, uintptr_t b, uintptr_t out, int64_t n) {
+  torch::stable::parallel_for(0, (n + stream_block - 1) / stream_block, 1, [&](int64_t begin, int64_t end) {
+    const int64_t low = begin * stream_block, high = end * stream_block < n ? end * stream_block : n;
+    pyd::kernels().limits.stream(reinterpret_cast<const float*>(a) + low, reinterpret_cast<const float*>(b) + low,
+                                 reinterpret_cast<float*>(out) + low, high - low);
+  });
+}
+
+double multiply_add(int64_t iterations) {
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pyd::kernels().limits.multiply_add(iterations);
+  });
+  return pyd::kernels().limits.multiply_add(1) * static_cast<double>(iterations * threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and raw loops of pydistill's compiled extension.";
+  m.attr("version") = PYDISTILL_VERSION;
+  m.def("isas_compiled", &pyd::isas_compiled, "Instruction sets with kernels in this build, best first.");
+  m.def("isa", [] { return std::string(pyd::kernels().isa); }, "The instruction set whose kernels run.");
+  m.def("cuda_architectures", [] { return std::vector<std::string>{}; }, "CUDA architectures compiled in.");
+  m.def("stream", &stream, pybind11::arg("a"), pybind11::arg("b"), pybind11::arg("out"), pybind11::arg("n"),
+        "out = a + b over n floats at three addresses (out aligned to 64 bytes), on all threads, with non-temporal stores: "
+        "the memory limit of a loss that reads two tensors and writes one.");
+  m.def("multiply_add", &multiply_add, pybind11::arg("iterations"),
+        "Fused multiply-adds on registers, on all threads; returns the number of floating-point operations done.");
+}

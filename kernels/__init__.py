@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels, one module per loss. Imported as `pydistill.kernels`."""

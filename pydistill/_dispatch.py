@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that knows backends exist: loads the compiled extension, resolves `impl=`, reports the environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import warnings
+from functools import cache
+from importlib import metadata, util
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from pydistill._version import __version__
+
+IMPLEMENTATIONS = ("auto", "reference", "cpp", "triton", "cuda")
+
+
+class Backend(NamedTuple):
+    """One implementation of a loss: whether it can run here, and why (not)."""
+
+    available: bool
+    reason: str
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    if os.environ.get("PYDISTILL_NATIVE") == "0":
+        return None, "PYDISTILL_NATIVE=0 is set"
+    if util.find_spec("pydistill._C") is None:
+        return None, "this installation has no compiled extension (built with PYDISTILL_NATIVE=0, or run from a source tree)"
+    # A compiled extension that is there but does not load is a broken installation: its error must be seen.
+    from pydistill import _C
+
+    return _C, f"compiled extension {_C.version}, instruction set {_C.isa()}"
+
+
+native, native_reason = _load_native()
+
+
+@cache
+def backends(loss: str) -> dict[str, Backend]:
+    """Which implementations of `loss` this installation has, with the reason for each that is missing."""
+    return {
+        "reference": Backend(True, "eager PyTorch, any device"),
+        "cpp": Backend(native is not None, native_reason),
+        "cuda": Backend(False, "this version has no CUDA kernel for this loss"),
+        "triton": Backend(False, "this version has no Triton kernel for this loss"),
+    }
+
+
+@cache
+def _warn_reference(loss: str, device: str, reason: str) -> None:
+    warnings.warn(
+        f"{loss}: no fused kernel for device '{device}' here ({reason}); running the eager reference. "
+        "Pass impl='reference' to choose it on purpose.",
+        stacklevel=4,
+    )
+
+
+def resolve(loss: str, device: torch.device, impl: str = "auto") -> str:
+    """The implementation that will run `loss` on tensors of `device`: "reference", "cpp", "cuda" or "triton".
+
+    Raises:
+        ValueError: `impl` is unknown, or does not run on this device.
+        RuntimeError: `impl` was asked for and this installation does not have it.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{loss}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "reference":
+        return impl
+    available = backends(loss)
+    preferred = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}.get(device.type, ())
+    if impl == "auto":
+        for name in preferred:
+            if available[name].available:
+                return name
+        # Choosing the reference because the user switched the kernels off is no surprise; anything else is said once.
+        if os.environ.get("PYDISTILL_NATIVE") != "0" and not torch.compiler.is_compiling():
+            reason = available[preferred[0]].reason if preferred else "no kernel is written for it"
+            _warn_reference(loss, device.type, reason)
+        return "reference"
+    if impl not in preferred:
+        fitting = ", ".join(repr(name) for name in ("auto", "reference", *preferred))
+        raise ValueError(f"{loss}: impl={impl!r} does not run on device '{device}'; use one of {fitting}")
+    if not available[impl].available:
+        raise RuntimeError(
+            f"{loss}: impl={impl!r} is not available: {available[impl].reason}. "
+            "Use impl='auto', or reinstall pydistill with a C++ compiler at hand."
+        )
+    return impl
+
+
+def environment() -> dict[str, Any]:
+    """What this installation is and what it would run: the content of `pydistill env`."""
+
+    def version_of(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    report: dict[str, Any] = {
+        "pydistill": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    for package in ("transformers", "datasets", "accelerate", "triton"):
+        report[package] = version_of(package)
+    report["native"] = native_reason
+    if native is not None:
+        report["instruction sets compiled"] = ", ".join(native.isas_compiled())
+        report["instruction set chosen"] = native.isa()
+        report["CUDA architectures compiled"] = ", ".join(native.cuda_architectures()) or "none"
+    report["CUDA device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    for loss in ("soft_target",):
+        for name, backend in backends(loss).items():
+            report[f"{loss}: {name}"] = ("yes: " if backend.available else "no: ") + backend.reason
+        report[f"{loss}: auto on cpu"] = "cpp" if backends(loss)["cpp"].available else "reference"
+    report["executable"] = sys.executable
+    return report

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark leaves behind: rows, and the csv, terminal table, markdown and picture made from them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one problem. Ratios are how many times faster than eager and torch.compile on the same
+    problem."""
+
+    loss: str
+    workload: str
+    shape: str
+    dtype: str
+    threads: int
+    thp_alloc: int
+    provider: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    min_ms: float
+    samples: int
+    clean: int
+    extra_mib: float | None
+    value_error: float | None
+    gradient_error: float | None
+    megabytes: float
+    gb_per_s: float
+    percent_of_limit: float | None
+    vs_eager: float | None
+    vs_compile: float | None
+
+    @property
+    def problem(self) -> tuple[str, str, str, str, int, int]:
+        """Everything but the provider: rows with the same problem can be compared."""
+        return self.loss, self.workload, self.shape, self.dtype, self.threads, self.thp_alloc
+
+
+def write_csv(path: Path, machine: str, rows: Iterable[Row]) -> None:
+    """Raw numbers, after one comment line that says which machine and versions they come from."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        file.write(f"# {machine}\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            values = {key: _rounded(value) for key, value in asdict(row).items()}
+            writer.writerow(values)
+    os.replace(temporary, path)
+
+
+def read_csv(path: Path) -> tuple[str, list[Row]]:
+    """The machine line and the rows of a file that `write_csv` wrote."""
+    with path.open(newline="") as file:
+        first = file.readline()
+        if not first.startswith("# "):
+            raise ValueError(f"{path}: the first line must be '# <machine>', got {first[:60]!r}")
+        return first[2:].strip(), [_parsed(record) for record in csv.DictReader(file)]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def _parsed(record: dict[str, str]) -> Row:
+    values: dict[str, Any] = {}
+    for field in fields(Row):
+        text = record[field.name]
+        if field.type == "str":
+            values[field.name] = text
+        elif field.type == "int":
+            values[field.name] = int(text)
+        else:
+            values[field.name] = float(text) if text else None
+    return Row(**values)
+
+
+HEADINGS = (
+    "provider", "median ms", "p20 .. p80", "clean", "extra MiB", "value err", "grad err", "GB/s", "% limit",
+    "x eager", "x compile",
+)  # fmt: skip
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The printed form of a row, in the order of HEADINGS. A `!` marks a median over disturbed samples."""
+    mark = "" if row.clean >= 3 else "!"
+    return (
+        row.provider,
+        _significant(row.median_ms) + mark,
+        f"{_significant(row.p20_ms)} .. {_significant(row.p80_ms)}",
+        f"{row.clean}/{row.samples}",
+        _optional(row.extra_mib, ".0f"),
+        _optional(row.value_error, ".0e"),
+        _optional(row.gradient_error, ".0e"),
+        _significant(row.gb_per_s),
+        _optional(row.percent_of_limit, ".0f"),
+        _optional(row.vs_eager, ".1f"),
+        _optional(row.vs_compile, ".1f"),
+    )
+
+
+def _significant(value: float) -> str:
+    """Three digits, never in exponent form."""
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def heading(row: Row) -> str:
+    """One line that names the problem."""
+    return (
+        f"{row.loss} {row.workload}, {row.dtype} ({row.shape.replace('x', ', ')}), {row.threads} "
+        f"thread{'s' if row.threads > 1 else ''}, {row.megabytes:.1f} MB to move"
+        + (", THP_MEM_ALLOC_ENABLE=1" if row.thp_alloc else "")
+    )
+
+
+def table(rows: Sequence[Row], *, bold: bool = False) -> str:
+    """The rows of one problem, for a terminal of 110 columns; our own providers in bold."""
+    grid = [HEADINGS, *(cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in grid) for i in range(len(HEADINGS))]
+    lines = [heading(rows[0])]
+    for index, line in enumerate(grid):
+        text = "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        ours = index > 0 and line[0].startswith("ours")
+        lines.append(f"  \033[1m{text}\033[0m" if bold and ours else f"  {text}")
+    return "\n".join(lines)
+
+
+def by_problem(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows grouped by problem, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.problem, []).append(row)
+    return list(groups.values())
+
+
+def markdown(machine: str, rows: Sequence[Row]) -> str:
+    """The tables as they go into the documentation."""
+    parts = [f"Measured on: {machine}\n"]
+    for group in by_problem(rows):
+        parts.append(f"**{heading(group[0])}**\n")
+        parts.append("| " + " | ".join(HEADINGS) + " |")
+        parts.append("|---" + "|---:" * (len(HEADINGS) - 1) + "|")
+        parts.extend("| " + " | ".join(cells(row)) + " |" for row in group)
+        parts.append("")
+    return "\n".join(parts)
+
+
+COLOURS = {
+    "eager": "#9aa0a6",
+    "compile": "#f29900",
+    "ours": "#1a73e8",
+    "ours in place": "#0b8043",
+    "limit": "#d0d0d0",
+}
+
+
+def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
+    """Bars of milliseconds per call, one panel per workload, data type, thread count and page setting."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row.loss, row.workload, row.dtype, row.threads, row.thp_alloc), []).append(row)
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.4 * columns, 3.4 * lines + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, members in enumerate(panels.values()):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        shapes = list(dict.fromkeys(row.shape for row in members))
+        providers = list(dict.fromkeys(row.provider for row in members))
+        width = 0.84 / len(providers)
+        for place, provider in enumerate(providers):
+            mine = [row for row in members if row.provider == provider]
+            where = [shapes.index(row.shape) + (place - (len(providers) - 1) / 2) * width for row in mine]
+            times = [row.median_ms for row in mine]
+            spread = [
+                [max(0.0, row.median_ms - row.p20_ms) for row in mine],
+                [max(0.0, row.p80_ms - row.median_ms) for row in mine],
+            ]
+            colour = COLOURS.get(provider)
+            bars = axes.bar(where, times, width, yerr=spread, label=provider, color=colour, ecolor="#555555")
+            axes.bar_label(bars, labels=[_significant(value) for value in times], fontsize=6, padding=1)
+        first = members[0]
+        title = f"{first.workload}, {first.dtype}, {first.threads} thread{'s' if first.threads > 1 else ''}"
+        axes.set_title(title + (", THP_MEM_ALLOC_ENABLE=1" if first.thp_alloc else ""), fontsize=9)
+        axes.set_yscale("log")
+        axes.set_ylabel("ms, forward + backward", fontsize=8)
+        axes.set_xticks(range(len(shapes)), [shape.replace("x", " x ") for shape in shapes], fontsize=8)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.12)
+    figure.suptitle(rows[0].loss, fontsize=11, x=0.02, ha="left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", fontsize=7, frameon=False, ncols=len(labels))
+    figure.supxlabel(machine, fontsize=5, color="#777777")
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=150, format="png")
+    os.replace(temporary, path)

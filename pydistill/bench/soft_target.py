@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark of soft_target_loss: forward and backward against eager PyTorch, torch.compile and the memory
+system.
+
+Bytes that have to move, whoever does it: student logits and teacher logits are read once and the gradient is
+written once, 3 * rows * classes * itemsize, plus 8 * rows for int64 labels. The limit is a plain stream of
+the same pattern, two reads and one write over the very same tensors with the output preallocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pydistill import _dispatch
+from pydistill.bench.measure import Timing, Variant, extra_peak_mib, interleave
+from pydistill.bench.rows import Row
+from pydistill.losses import soft_target
+
+LOSS = "soft_target"
+TEMPERATURE = 2.0
+WORKLOADS = {"kl": 0.0, "kl+ce": 0.5}  # name -> hard_weight
+PROVIDERS = ("eager", "compile", "ours", "ours in place", "limit")
+
+# BERT's vocabulary; the 4,928 word pieces of a mixed-vocabulary student; Llama 3's vocabulary; three-way
+# classification.
+SIZES = ((4096, 30522), (4096, 4928), (1024, 128256), (65536, 3))
+QUICK_SIZES = ((128, 30522), (512, 4928), (32, 128256), (65536, 3))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Errors are measured on as many rows as fit in this many logits: they do not depend on the number of rows.
+GATE_ELEMENTS = 1 << 22
+
+
+def plain_loss(student: Tensor, teacher: Tensor, labels: Tensor | None, hard_weight: float) -> Tensor:
+    """What one writes without this package; the eager and torch.compile providers."""
+    soft = F.kl_div(
+        F.log_softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1), reduction="batchmean"
+    )
+    soft = soft * TEMPERATURE**2
+    if labels is None:
+        return soft
+    return hard_weight * F.cross_entropy(student, labels) + (1 - hard_weight) * soft
+
+
+class HandOut(torch.autograd.Function):
+    """A layer that costs nothing: hands out a preallocated buffer as its output and keeps the gradient it
+    receives.
+
+    Gradients in place need logits that some operation produced (a leaf's value cannot be overwritten), and
+    the time of a real output layer is not what is measured here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, seed: Tensor, holder: dict[str, Tensor]) -> Tensor:
+        ctx.holder = holder
+        return holder["logits"].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        ctx.holder["gradient"] = grad_outputs[0]
+        return None, None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of one case. `buffer` is scratch of the student's size: in-place logits, and the limit's
+    output."""
+
+    student: Tensor  # [rows, classes], requires grad
+    teacher: Tensor  # [rows, classes]
+    labels: Tensor  # [rows]
+    buffer: Tensor  # [rows, classes]
+
+    @classmethod
+    def random(cls, rows: int, classes: int, dtype: torch.dtype) -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        student = torch.randn(rows, classes, generator=generator).mul_(3).to(dtype)
+        teacher = torch.randn(rows, classes, generator=generator).mul_(3).to(dtype)
+        labels = torch.randint(classes, (rows,), generator=generator)
+        return cls(student.requires_grad_(), teacher, labels, student.detach().clone())
+
+    def head(self, rows: int) -> Problem:
+        """The first rows, copied."""
+        student = self.student.detach()[:rows].clone().requires_grad_()
+        return Problem(
+            student, self.teacher[:rows].clone(), self.labels[:rows].clone(), self.buffer[:rows].clone()
+        )
+
+    def bytes_to_move(self, hard_weight: float) -> int:
+        """Read student and teacher, write the gradient: 3 * rows * classes * itemsize; labels: 8 * rows."""
+        return 3 * self.student.numel() * self.student.element_size() + (
+            8 * len(self.labels) if hard_weight else 0
+        )
+
+
+Result = tuple[Tensor, Tensor]  # value, gradient with respect to the student logits
+
+
+def provider_call(
+    provider: str, problem: Problem, hard_weight: float, compiled: Callable[..., Tensor]
+) -> Callable[[], Result]:
+    """One forward and backward by the named provider."""
+    student, teacher = problem.student, problem.teacher
+    labels = problem.labels if hard_weight else None
+    ours: dict[str, Any] = {"labels": labels, "temperature": TEMPERATURE, "hard_weight": hard_weight}
+
+    def from_leaf(loss: Callable[[], Tensor]) -> Result:
+        value = loss()
+        return value.detach(), torch.autograd.grad(value, student)[0]
+
+    def in_place() -> Result:
+        holder = {"logits": problem.buffer}
+        logits = HandOut.apply(seed, holder)
+        value = soft_target.soft_target_loss(logits, teacher, inplace=True, **ours)
+        value.backward()
+        return value.detach(), holder["gradient"]
+
+    seed = torch.zeros((), requires_grad=True)
+    calls: Mapping[str, Callable[[], Result]] = {
+        "eager": lambda: from_leaf(lambda: plain_loss(student, teacher, labels, hard_weight)),
+        "compile": lambda: from_leaf(lambda: compiled(student, teacher, labels, hard_weight)),
+        "ours": lambda: from_leaf(lambda: soft_target.soft_target_loss(student, teacher, **ours)),
+        "ours in place": in_place,
+    }
+    return calls[provider]
+
+
+def variant(provider: str, problem: Problem, hard_weight: float, compiled: Callable[..., Tensor]) -> Variant:
+    """The provider as something to time; in place gets its logits back before each call, outside the
+    clock."""
+    if provider == "limit":
+        return Variant(stream_limit(problem))
+    call = provider_call(provider, problem, hard_weight, compiled)
+    if provider == "ours in place":
+        return Variant(call, lambda: _restore(problem))
+    return Variant(call)
+
+
+def _restore(problem: Problem) -> None:
+    problem.buffer.copy_(problem.student.detach())
+
+
+def stream_limit(problem: Problem) -> Callable[[], object]:
+    """Two reads and one non-temporal write over the problem's own tensors, or torch.add without native
+    code."""
+    student, teacher, buffer = problem.student.detach(), problem.teacher, problem.buffer
+    native = _dispatch.native
+    if native is None:
+        return lambda: torch.add(student, teacher, out=buffer)
+    floats = student.numel() * student.element_size() // 4
+    return lambda: native.stream(student.data_ptr(), teacher.data_ptr(), buffer.data_ptr(), floats)
+
+
+def providers_here() -> list[str]:
+    """All providers that this installation can run: in place needs a compiled kernel."""
+    native = _dispatch.resolve(LOSS, torch.device("cpu")) != "reference"
+    return [provider for provider in PROVIDERS if native or provider != "ours in place"]
+
+
+def limit_name() -> str:
+    return "2 reads + 1 write, non-temporal" if _dispatch.native is not None else "torch.add(out=)"
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance from float64: relative for the value, relative 2-norm over all elements for the gradient."""
+
+    value: float
+    gradient: float
+
+
+def errors(result: Result, truth: Result) -> Errors:
+    value = abs(float(result[0].double() - truth[0])) / max(abs(float(truth[0])), 1e-300)
+    gradient = float((result[1].double() - truth[1]).norm() / truth[1].norm())
+    return Errors(value, gradient)
+
+
+class GateError(RuntimeError):
+    """Our result is further from float64 than the reference in the same dtype: there is nothing to time."""
+
+
+def gate(
+    problem: Problem, hard_weight: float, providers: Sequence[str], compiled: Callable[..., Tensor]
+) -> dict[str, Errors]:
+    """Errors of every provider against float64; raises GateError if ours exceed the reference's plus
+    rounding.
+
+    The reference upcasts to float32, so in low precision its error is the rounding of the gradient it
+    returns; what is allowed on top is a few float32 roundings, and a twentieth of that same rounding.
+    """
+    rows = max(1, min(len(problem.labels), GATE_ELEMENTS // problem.student.shape[-1]))
+    part = problem.head(rows)
+    labels = part.labels if hard_weight else None
+    keywords: dict[str, Any] = {"temperature": TEMPERATURE, "hard_weight": hard_weight}
+    exact = part.student.detach().double().requires_grad_()
+    value = soft_target.soft_target_reference(exact, part.teacher.double(), labels, **keywords)
+    truth = value.detach(), torch.autograd.grad(value, exact)[0]
+    value = soft_target.soft_target_reference(part.student, part.teacher, labels, **keywords)
+    reference = errors((value.detach(), torch.autograd.grad(value, part.student)[0]), truth)
+    measured: dict[str, Errors] = {}
+    for provider in providers:
+        if provider == "limit":
+            continue
+        found = errors(provider_call(provider, part, hard_weight, compiled)(), truth)
+        measured[provider] = found
+        allowed = Errors(reference.value + 1e-6, reference.gradient * 1.05 + 2e-6)
+        if provider.startswith("ours") and not (
+            found.value <= allowed.value and found.gradient <= allowed.gradient
+        ):
+            raise GateError(
+                f"{LOSS} {provider} on {tuple(part.student.shape)} {part.student.dtype}: "
+                f"value error {found.value:.1e} (allowed {allowed.value:.1e}), "
+                f"gradient error {found.gradient:.1e} (allowed {allowed.gradient:.1e})"
+            )
+    return measured
+
+
+def measure(
+    sizes: Sequence[tuple[int, int]],
+    dtypes: Sequence[str],
+    threads: Sequence[int],
+    workloads: Sequence[str],
+    providers: Sequence[str],
+    *,
+    thp_alloc: int,
+    repetitions: int,
+    budget_seconds: float,
+) -> Iterator[list[Row]]:
+    """Rows of one (size, dtype, thread count) after the other; the workloads of each are interleaved."""
+    before = torch.get_num_threads()
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            for dtype in dtypes:
+                for rows, classes in sizes:
+                    # Inductor bakes shapes and the thread count into what it compiles.
+                    torch._dynamo.reset()
+                    compiled = torch.compile(plain_loss, dynamic=False)
+                    problem = Problem.random(rows, classes, DTYPES[dtype])
+                    found = {
+                        workload: gate(problem, WORKLOADS[workload], providers, compiled)
+                        for workload in workloads
+                    }
+                    variants: dict[tuple[str, str], Variant] = {
+                        (workload, provider): variant(provider, problem, WORKLOADS[workload], compiled)
+                        for workload in workloads
+                        for provider in providers
+                        if provider != "limit"
+                    }
+                    if "limit" in providers:
+                        variants["", "limit"] = variant("limit", problem, 0.0, compiled)
+                    by_name = {" ".join(key): value for key, value in variants.items()}
+                    timings = interleave(
+                        by_name,
+                        repetitions=repetitions,
+                        budget_seconds=budget_seconds,
+                    )
+                    memory = {name: extra_peak_mib(value) for name, value in by_name.items()}
+                    for workload in workloads:
+                        yield _rows_of(
+                            workload,
+                            dtype,
+                            count,
+                            thp_alloc,
+                            problem,
+                            providers,
+                            timings,
+                            memory,
+                            found[workload],
+                        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows_of(
+    workload: str,
+    dtype: str,
+    threads: int,
+    thp_alloc: int,
+    problem: Problem,
+    providers: Sequence[str],
+    timings: Mapping[str, Timing],
+    memory: Mapping[str, float | None],
+    found: Mapping[str, Errors],
+) -> list[Row]:
+    key = {
+        provider: f" {provider}" if provider == "limit" else f"{workload} {provider}"
+        for provider in providers
+    }
+    median = {provider: timings[key[provider]].median for provider in providers}
+    amount = problem.bytes_to_move(WORKLOADS[workload])
+
+    def times_faster(provider: str, than: str) -> float | None:
+        comparable = provider not in (than, "limit") and than in median
+        return median[than] / median[provider] if comparable else None
+
+    rows = []
+    for provider in providers:
+        timing = timings[key[provider]]
+        rows.append(
+            Row(
+                loss=LOSS,
+                workload=workload,
+                shape="x".join(map(str, problem.student.shape)),
+                dtype=dtype,
+                threads=threads,
+                thp_alloc=thp_alloc,
+                provider=provider,
+                median_ms=timing.median,
+                p20_ms=timing.percentile(20),
+                p80_ms=timing.percentile(80),
+                min_ms=timing.best,
+                samples=len(timing.clean) + len(timing.disturbed),
+                clean=len(timing.clean),
+                extra_mib=memory[key[provider]],
+                value_error=found[provider].value if provider in found else None,
+                gradient_error=found[provider].gradient if provider in found else None,
+                megabytes=amount / 1e6,
+                gb_per_s=amount / 1e6 / timing.median,
+                percent_of_limit=100 * median["limit"] / timing.median if "limit" in median else None,
+                vs_eager=times_faster(provider, "eager"),
+                vs_compile=times_faster(provider, "compile"),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about this loss and what was measured."""
+
+    text: str
+    measured: float
+    bound: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        verdict = "met " if self.met else "MISS"
+        return f"{verdict}  {self.text}: {self.measured:.3g} (target {sign} {self.bound:g})"
+
+
+# (dtype, provider, thp_alloc) -> times faster than eager, than torch.compile; vocabularies of 4,928 and more
+RATIO_TARGETS = {
+    ("fp32", "ours in place", 0): (45, 12),
+    ("fp32", "ours", 0): (28, 8),
+    ("bf16", "ours in place", 0): (45, 18),
+    ("bf16", "ours", 0): (25, 9),
+    ("fp32", "ours in place", 1): (30, 7),
+    ("fp32", "ours", 1): (18, 5),
+}
+# (dtype, provider) -> percent of the measured limit, at 2 threads
+LIMIT_TARGETS = {
+    ("fp32", "ours in place"): 80,
+    ("fp32", "ours"): 45,
+    ("bf16", "ours in place"): 60,
+    ("bf16", "ours"): 35,
+}
+SMALL_CLASSES_MS = 0.5  # (65536, 3) on one thread, the Python call included
+HARD_LABELS_FACTOR = 1.15  # KL + CE against KL alone
+
+
+def targets(rows: Sequence[Row]) -> list[Target]:
+    """The promises that the measured rows can judge."""
+    found = []
+    median = {(*row.problem, row.provider): row.median_ms for row in rows}
+    for row in rows:
+        name = f"{row.workload} {row.dtype} ({row.shape.replace('x', ', ')}) {row.threads}T {row.provider}"
+        name += " [THP]" if row.thp_alloc else ""
+        classes = int(row.shape.split("x")[1])
+        if not row.provider.startswith("ours"):
+            continue
+        if row.workload == "kl" and classes >= 4928:
+            over_eager, over_compile = RATIO_TARGETS.get(
+                (row.dtype, row.provider, row.thp_alloc), (None, None)
+            )
+            if row.vs_eager is not None and over_eager is not None:
+                found.append(Target(f"{name}, times eager", row.vs_eager, over_eager, True))
+            if row.vs_compile is not None and over_compile is not None:
+                found.append(Target(f"{name}, times compile", row.vs_compile, over_compile, True))
+            share = LIMIT_TARGETS.get((row.dtype, row.provider))
+            if (
+                row.percent_of_limit is not None
+                and share is not None
+                and row.threads == 2
+                and not row.thp_alloc
+            ):
+                found.append(Target(f"{name}, % of limit", row.percent_of_limit, share, True))
+        if row.workload == "kl" and row.shape == "65536x3" and row.threads == 1:
+            found.append(Target(f"{name}, ms", row.median_ms, SMALL_CLASSES_MS, False))
+        alone = median.get((row.loss, "kl", *row.problem[2:], row.provider))
+        if row.workload == "kl+ce" and classes >= 4928 and alone is not None:
+            found.append(Target(f"{name}, times KL alone", row.median_ms / alone, HARD_LABELS_FACTOR, False))
+    return found

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pydistill``: parses a command line, calls the library, prints. Heavy imports happen inside the subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from pydistill.config import UserError, known_keys, parse_overrides
+
+WELCOME = """\
+pydistill: distil a Transformer into a small, fast student.
+
+  pydistill run bilstm-demo              everything once, on packaged data, in minutes
+  pydistill run RECIPE [--key value]     run a recipe or your own yaml; any key can be overridden
+  pydistill plan RECIPE [--key value]    what that run would do; refuses what cannot work
+  pydistill recipes                      the built-in recipes
+  pydistill predict FOLDER "text" ...    try a finished model
+  pydistill report FOLDER                draw the report of a finished run again
+  pydistill augment IN OUT --text-columns sentence    write synthetic sentences
+  pydistill bench soft_target            time the kernels against eager and compiled PyTorch
+  pydistill env                          what is installed and which kernels are used
+
+`pydistill COMMAND --help` says more. Errors of use exit with status 2.
+"""
+
+RUN_HELP = """\
+usage: pydistill {command} RECIPE_OR_YAML [--key value ...] [--resume | --overwrite]
+
+  RECIPE_OR_YAML     a name of `pydistill recipes`, or a yaml file
+  --key value ...    override one key, e.g. --train.learning_rate 1e-3 --seeds 1 2 3 --teacher.fine_tune null
+  --resume           continue the run in the output folder; what is finished is kept
+  --overwrite        replace the run in the output folder
+  --keys             list the known keys and stop
+
+A train block is transformers.TrainingArguments: every name of it works as --train.NAME.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 for a result that is bad, 2 for an error of use."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        print(WELCOME, end="")
+        return 0
+    if words[0] in ("-h", "--help", "help"):
+        print(WELCOME, end="")
+        return 0
+    if words[0] == "--version":
+        from pydistill import __version__
+
+        print(f"pydistill {__version__}")
+        return 0
+    command = COMMANDS.get(words[0])
+    try:
+        if command is None:
+            from pydistill.config import near_matches
+
+            near = near_matches(words[0], COMMANDS, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"there is no command {words[0]!r}{hint} The commands are: {', '.join(COMMANDS)}")
+        return command(words[1:])
+    except UserError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("pydistill: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; point stdout elsewhere so that the interpreter's own flush stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _complain(error: BaseException) -> int:
+    lines = str(error).splitlines()
+    if len(lines) == 1:
+        print(f"pydistill: {lines[0]}", file=sys.stderr)
+    else:
+        print(f"pydistill: {len(lines)} problems", *(f"  - {line}" for line in lines), sep="\n", file=sys.stderr)
+    return 2
+
+
+def _run_words(words: list[str], command: str) -> tuple[str, dict[str, object], bool, bool] | None:
+    """Split the words of ``run`` and ``plan``; None when help or the keys were asked for and printed."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(RUN_HELP.format(command=command), end="")
+        if not words:
+            raise UserError(f"{command}: name a recipe or a yaml file, e.g. pydistill {command} bilstm-demo")
+        return None
+    if "--keys" in words:
+        print("\n".join(known_keys()))
+        return None
+    if words[0].startswith("-"):
+        raise UserError(f"{command}: the recipe or yaml file comes first, got {words[0]!r}")
+    switches = [word for word in words[1:] if word in ("--resume", "--overwrite")]
+    if len(set(switches)) > 1:
+        raise UserError(f"{command}: --resume and --overwrite exclude each other")
+    overrides = parse_overrides([word for word in words[1:] if word not in ("--resume", "--overwrite")])
+    return words[0], overrides, "--resume" in switches, "--overwrite" in switches
+
+
+def run_command(words: list[str]) -> int:
+    """``pydistill run``: plan and carry out."""
+    parsed = _run_words(words, "run")
+    if parsed is None:
+        return 0
+    source, overrides, resume, overwrite = parsed
+    from pydistill.recipes import run
+
+    try:
+        run(source, overrides, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        print("\npydistill: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def plan_command(words: list[str]) -> int:
+    """``pydistill plan``: check and print, without working."""
+    parsed = _run_words(words, "plan")
+    if parsed is None:
+        return 0
+    source, overrides, resume, overwrite = parsed
+    from pydistill.plan import plan
+
+    print(plan(source, overrides, resume=resume, overwrite=overwrite))
+    return 0
+
+
+def recipes_command(words: list[str]) -> int:
+    """``pydistill recipes``: names and descriptions."""
+    argparse.ArgumentParser(prog="pydistill recipes", description="List the built-in recipes.").parse_args(words)
+    from pydistill.config import RECIPES_FOLDER
+    from pydistill.recipes import available
+
+    recipes = available()
+    width = max(map(len, recipes))
+    for name, description in recipes.items():
+        print(f"{name:<{width}}  {description}")
+    print(f"\nTheir files, to copy and change: {RECIPES_FOLDER}")
+    return 0
+
+
+def env_command(words: list[str]) -> int:
+    """``pydistill env``: versions, and the kernels that would run."""
+    argparse.ArgumentParser(prog="pydistill env", description="Show versions and kernels.").parse_args(words)
+    from pydistill._dispatch import environment
+
+    report = environment()
+    width = max(map(len, report))
+    for name, value in report.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def bench_command(words: list[str]) -> int:
+    """``pydistill bench``: hand the words on."""
+    from pydistill.bench import main as bench
+
+    return bench(words)
+
+
+def augment_command(words: list[str]) -> int:
+    """``pydistill augment``: a file of rows in, a file of synthetic rows out."""
+    from pydistill.data.augment import AugmentConfig, augment_file
+
+    defaults = AugmentConfig()
+    parser = argparse.ArgumentParser(
+        prog="pydistill augment",
+        description="Write synthetic sentences for a teacher to label (Tang et al. 2019).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("input", type=Path, help="training rows: .tsv, .csv, .json or .jsonl")
+    parser.add_argument("output", type=Path, help="file to write; its suffix says the format")
+    parser.add_argument("--text-columns", nargs="+", required=True, metavar="NAME", help="one column, or two for pairs")
+    for option in fields(AugmentConfig):
+        default = getattr(defaults, option.name)
+        name = f"--{option.name.replace('_', '-')}"
+        if isinstance(default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help="rule switch")
+        else:
+            parser.add_argument(name, type=type(default), default=default, help=" ")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the result does not depend on it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output file that exists")
+    options = vars(parser.parse_args(words))
+    source, target, columns = options.pop("input"), options.pop("output"), options.pop("text_columns")
+    workers, overwrite = options.pop("workers"), options.pop("overwrite")
+    try:
+        config = AugmentConfig(**options)
+        counts = augment_file(source, target, columns, config, num_proc=workers, overwrite=overwrite)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    print(f"{target}: {', '.join(f'{name} {count:,}' for name, count in asdict(counts).items())}")
+    return 0
+
+
+def predict_command(words: list[str]) -> int:
+    """``pydistill predict``: classify texts from the command line or from standard input."""
+    parser = argparse.ArgumentParser(
+        prog="pydistill predict",
+        description="Classify texts with a finished student (or any sequence classifier in a folder).",
+    )
+    parser.add_argument("model", help="folder with config.json and model.safetensors")
+    parser.add_argument("texts", nargs="*", help="one per word; - or none: one per line of standard input")
+    parser.add_argument("--pair", action="store_true", help="texts two by two (on standard input: tab separated)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens kept per text (default: %(default)s)")
+    options = parser.parse_args(words)
+    if options.max_length < 1:
+        raise UserError(f"predict: --max-length must be at least 1, got {options.max_length}")
+    _silence_transformers()
+    from pydistill.inference import load_classifier, predict_logits
+
+    model, tokenizer = load_classifier(options.model)
+    pair = options.pair or getattr(model.config, "pair", False)
+    rows = _rows(options.texts, pair)
+    probabilities = predict_logits(model, tokenizer, rows, options.max_length).softmax(-1)
+    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    width = max(map(len, names))
+    for row, values in zip(rows, probabilities, strict=True):
+        best = int(values.argmax())
+        print(f"{names[best]:<{width}}  {values[best]:6.1%}  {' | '.join(row)}")
+    return 0
+
+
+def _rows(texts: list[str], pair: bool) -> list[tuple[str, ...]]:
+    if not texts or texts == ["-"]:
+        lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        rows = [tuple(line.split("\t")) for line in lines] if pair else [(line,) for line in lines]
+        for number, row in enumerate(rows, 1):
+            if pair and len(row) != 2:
+                raise UserError(f"predict: line {number} must hold two texts with a tab between them, got {len(row)}")
+    elif pair:
+        if len(texts) % 2:
+            raise UserError(f"predict: a model of pairs needs the texts two by two, got {len(texts)}")
+        rows = list(zip(texts[::2], texts[1::2], strict=True))
+    else:
+        rows = [(text,) for text in texts]
+    if not rows:
+        raise UserError("predict: no text given")
+    return rows
+
+
+def _silence_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def report_command(words: list[str]) -> int:
+    """``pydistill report``: table, pictures and page of a finished run, again."""
+    parser = argparse.ArgumentParser(prog="pydistill report", description="Draw the report of a finished run again.")
+    parser.add_argument("folder", type=Path, help="the output folder of a run")
+    folder = parser.parse_args(words).folder
+    from pydistill.report import read_results, table, text_table, write_report
+
+    results = read_results(folder)
+    page = write_report(folder)
+    print(text_table(table(results)))
+    print(f"report: {page}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": run_command,
+    "plan": plan_command,
+    "recipes": recipes_command,
+    "env": env_command,
+    "bench": bench_command,
+    "augment": augment_command,
+    "predict": predict_command,
+    "report": report_command,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the rows of a classification task: files, packaged files or hub data sets in; checked splits out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+
+from pydistill.config import ConfigError, DataConfig, UserError, near_matches, resolve_path
+from pydistill.data.augment import _READERS  # one idea of tsv, csv and json for training and for augmentation
+
+# Columns that the recipes add; a text column of that name would be overwritten.
+RESERVED = ("labels", "teacher_logits", "source")
+# More distinct labels than this in numbers with decimals are scores, not classes.
+MAX_CLASSES = 1000
+
+
+class DataError(UserError):
+    """A source cannot be read, or its rows do not make a classification task."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Checked rows.
+
+    Attributes:
+        splits: ``train``, ``dev`` and ``test``, each with the text columns and ``labels`` (a ``ClassLabel``).
+        text_columns: one name for single sentences, two for pairs.
+        label_names: the class names in the order of their ids.
+        notes: what a reader of the results should know (dropped rows, rows shared between splits, test being dev).
+        named_labels: whether the names mean something; False when they are only the numbers 0..k-1 of the file.
+        test_is_dev: no test rows were given, and ``test`` is ``dev`` again.
+        counts: rows of each split.
+    """
+
+    splits: DatasetDict
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    named_labels: bool = True
+    test_is_dev: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> bool:
+        return len(self.text_columns) == 2
+
+
+def load_task(config: DataConfig) -> Task:
+    """Read, filter, check and split the rows that ``config`` names.
+
+    Raises:
+        DataError: unreadable or malformed files, missing columns, no rows left, labels that are unknown, unlabelled or
+            not classes, a split larger than the data. Every message names the source, the rule and the way out.
+    """
+    notes: list[str] = []
+    frames: dict[str, pandas.DataFrame] = {}
+    names = list(config.labels) if config.labels else None
+    for split, source in (("train", config.train), ("dev", config.dev), ("test", config.test)):
+        if source is not None:
+            frame, feature_names = _read(source, config, split)
+            frames[split] = _checked(frame, source, config, notes, split)
+            names = names or feature_names
+    label_names, named = _label_names(frames["train"][config.label_column], names, config)
+    for split, frame in frames.items():
+        source = getattr(config, split)
+        frame["labels"] = _label_ids(frame[config.label_column], label_names, source, config.labels is None)
+
+    # Test rows leave train first, so that a dev split added later never changes what is reported.
+    if "test" not in frames and config.test_rows:
+        frames["train"], frames["test"] = _hold_out(frames["train"], config.test_rows, config, "test_rows")
+    if "dev" not in frames:
+        frames["train"], frames["dev"] = _hold_out(frames["train"], config.dev_rows, config, "dev_rows")
+    test_is_dev = "test" not in frames
+    if test_is_dev:
+        frames["test"] = frames["dev"]
+        notes.append("no test rows are given: the reported numbers are on dev, which also selects the evaluation")
+    if config.max_train_rows is not None:
+        frames["train"] = frames["train"].head(config.max_train_rows)
+    missing = sorted(set(range(len(label_names))) - set(frames["train"]["labels"]))
+    if missing:
+        listed = ", ".join(repr(label_names[index]) for index in missing)
+        raise DataError(f"{config.train}: the training rows hold no example of the class {listed}; see data.labels")
+    notes += _shared_rows(frames, config.text_columns)
+
+    columns = [*config.text_columns, "labels"]
+    features = Features({name: Value("string") for name in config.text_columns})
+    features["labels"] = ClassLabel(names=list(label_names))
+    splits = DatasetDict(
+        {
+            split: Dataset.from_pandas(frames[split][columns], features=features, preserve_index=False)
+            for split in ("train", "dev", "test")
+        }
+    )
+    counts = {split: len(rows) for split, rows in splits.items()}
+    return Task(splits, tuple(config.text_columns), label_names, tuple(notes), named, test_is_dev, counts)
+
+
+def _read(source: str, config: DataConfig, split: str) -> tuple[pandas.DataFrame, list[str] | None]:
+    """Return the rows of one source, text as ``str``, and the class names if the source itself knows them."""
+    if source.startswith("hub:"):
+        return _read_hub(source, config, split)
+    try:
+        path = Path(resolve_path(source))
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    if not path.is_file():
+        raise DataError(f"data.{split}: {source}: there is no such file")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"data.{split}: {source}: the format must be one of {', '.join(_READERS)}")
+    try:
+        _, columns = reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.{split}: {source}: must be UTF-8 text: byte {error.start}: {error.reason}") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"data.{split}: cannot be read: {error}") from None
+    return pandas.DataFrame(columns), None
+
+
+def _read_hub(source: str, config: DataConfig, split: str) -> tuple[pandas.DataFrame, list[str] | None]:
+    name, _, hub_split = source.removeprefix("hub:").partition(":")
+    name, _, subset = name.partition("@")
+    hub_split = hub_split or {"train": "train", "dev": "validation", "test": "test"}[split]
+    try:
+        rows = load_dataset(name, subset or None, split=hub_split)
+    except Exception as error:  # whatever the hub, the network or a loader raised: the name is the user's to correct
+        raise DataError(f"data.{split}: {source}: datasets cannot load it: {_first_line(error)}") from None
+    label = rows.features.get(config.label_column)
+    return rows.to_pandas(), list(label.names) if isinstance(label, ClassLabel) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _checked(
+    frame: pandas.DataFrame, source: str, config: DataConfig, notes: list[str], split: str
+) -> pandas.DataFrame:
+    for key, column in [
+        *(("data.text_columns", name) for name in config.text_columns),
+        ("data.label_column", config.label_column),
+        *(("data.filter", name) for name in config.filter),
+    ]:
+        if column not in frame.columns:
+            near = near_matches(column, [str(name) for name in frame.columns], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            listed = ", ".join(str(name) for name in frame.columns)
+            raise DataError(f"{source}: {key}: there is no column {column!r}, the file has: {listed}{hint}")
+    for column in config.text_columns:
+        if column in RESERVED:
+            raise DataError(f"{source}: data.text_columns: {column!r} is a name that the recipes use; rename the column")
+    for column, value in config.filter.items():
+        kept = frame[frame[column].astype(str) == value]
+        if kept.empty and len(frame):
+            seen = ", ".join(repr(item) for item in sorted(frame[column].astype(str).unique())[:8])
+            raise DataError(f"{source}: data.filter: no row has {column} = {value!r}; its values are {seen}")
+        frame = kept
+    texts = frame[list(config.text_columns)]
+    usable = texts.map(lambda text: isinstance(text, str) and bool(text.strip())).all(axis=1)
+    if not usable.all():
+        notes.append(f"{split}: {int((~usable).sum())} rows without text were dropped")
+    frame = frame[usable].copy()
+    if frame.empty:
+        raise DataError(f"{source}: holds no rows with text in {', '.join(config.text_columns)}")
+    return frame
+
+
+def _as_integer(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return int(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def _label_names(labels: Iterable[Any], names: Sequence[str] | None, config: DataConfig) -> tuple[tuple[str, ...], bool]:
+    if names is not None:
+        if len(set(names)) != len(names):
+            raise DataError(f"{config.train}: data.labels: must not repeat a name, got {list(names)}")
+        return tuple(names), True
+    values = {value: _as_integer(value) for value in labels}
+    if any(value is None or value == "" for value in values):
+        raise DataError(f"{config.train}: data.label_column: some rows of {config.label_column!r} have no label")
+    integers = {number for number in values.values() if number is not None}
+    if None not in values.values():
+        if min(integers) < 0:
+            raise DataError(
+                f"{config.train}: data.label_column: the label {min(integers)} marks unlabelled rows; "
+                "use a labelled file, or keep the labelled rows with data.filter"
+            )
+        plain = integers == set(range(len(integers)))
+        found = [str(number) for number in sorted(integers)]
+    else:
+        plain, found = False, sorted(str(value) for value in values)
+        if all(_is_number(value) for value in values) or len(found) > MAX_CLASSES:
+            raise DataError(
+                f"{config.train}: data.label_column: {config.label_column!r} holds {len(found)} different values such "
+                f"as {found[0]!r}: scores, not classes"
+            )
+    if len(found) < 2:
+        raise DataError(f"{config.train}: data.label_column: needs at least two classes, found only {found}")
+    return tuple(found), not plain
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _label_ids(labels: pandas.Series, names: Sequence[str], source: str, inferred: bool) -> list[int]:
+    by_name = {name: index for index, name in enumerate(names)}
+    ids: dict[Any, int] = {}
+    for value in labels.unique():
+        number = _as_integer(value)
+        if str(value) in by_name:
+            ids[value] = by_name[str(value)]
+        elif number is not None and str(number) in by_name:
+            ids[value] = by_name[str(number)]
+        elif number is not None and not inferred and 0 <= number < len(names):
+            ids[value] = number
+        else:
+            where = "those of the training rows" if inferred else "data.labels"
+            raise DataError(
+                f"{source}: data.label_column: the label {value!r} is not one of {where}: "
+                f"{', '.join(names)} (or their numbers 0 to {len(names) - 1})"
+            )
+    return [ids[value] for value in labels]
+
+
+def _hold_out(
+    frame: pandas.DataFrame, amount: int | float, config: DataConfig, key: str
+) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    rows = amount if isinstance(amount, int) else max(1, round(amount * len(frame)))
+    if rows >= len(frame):
+        raise DataError(f"{config.train}: data.{key}: cannot hold out {rows} of {len(frame)} rows")
+    if config.split == "random":
+        frame = frame.sample(frac=1.0, random_state=config.split_seed)
+    # The original order is kept inside both parts: a run is easier to compare with its file.
+    return frame.iloc[:-rows].sort_index(), frame.iloc[-rows:].sort_index()
+
+
+def _shared_rows(frames: dict[str, pandas.DataFrame], columns: Sequence[str]) -> list[str]:
+    def keys(frame: pandas.DataFrame) -> pandas.Series:
+        joined = frame[columns[0]]
+        for column in columns[1:]:
+            joined = joined.str.cat(frame[column], sep="\t")
+        return joined.str.lower().str.strip()
+
+    train = set(keys(frames["train"]))
+    notes = []
+    for split in ("dev", "test"):
+        if split == "test" and frames["test"] is frames["dev"]:
+            continue
+        shared = int(keys(frames[split]).isin(train).sum())
+        if shared:
+            notes.append(f"{split}: {shared} of {len(frames[split])} rows also occur in train")
+    return notes

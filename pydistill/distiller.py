@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""START HERE: one distillation step as one module, batch -> teacher and student forward -> signals -> weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from pydistill.objective import Objective
+from pydistill.teachers import TEACHER_PREFIX, OnlineTeacher, Teacher, input_names
+
+# What `Distiller` can read out of the student's forward.
+STUDENT_SIGNALS = frozenset({"logits"})
+
+
+@dataclass
+class DistillerOutput(ModelOutput):
+    """What one step returns.
+
+    Args:
+        loss: 0-d; the weighted sum of the objective, or the student's own loss in a `student_only` forward.
+        logits: the student's; None where the objective overwrote them (a term with ``inplace=True``).
+        parts: unweighted value of each term by name, 0-d and detached; None in a `student_only` forward.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
+
+
+class Distiller(nn.Module):
+    """Student, teacher and objective as one module, whose forward is the whole training step.
+
+    Data parallelism, sharding and mixed precision wrap this module. Student and objective are submodules. The teacher
+    is not: it is in no state dict, no optimizer and no gradient bucket, ``train()`` does not reach it, and it keeps
+    its own dtype.
+
+    Args:
+        student: the model that learns.
+        teacher: a `Teacher` (`OnlineTeacher`, `RecordedTeacher`), a plain model (made an `OnlineTeacher`), or None
+            where no term of the objective reads a teacher.
+        objective: an `Objective`, one term, or a sequence of terms.
+
+    Raises:
+        ValueError: the objective reads what student or teacher cannot give, the teacher is missing, has another number
+            of labels than the student, or shares parameters with it.
+
+    Example::
+
+        distiller = Distiller(student, teacher, SoftTarget(temperature=2.0))
+        output = distiller(input_ids=ids, attention_mask=mask, labels=labels)
+        output.loss.backward()
+    """
+
+    student: PreTrainedModel
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher | nn.Module | None,
+        objective: Objective | nn.Module | Sequence[nn.Module],
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = _as_objective(objective)
+        # A plain attribute: the teacher's modules hide inside an object that is no nn.Module.
+        self.teacher: Teacher | None = OnlineTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.student_inputs = input_names(student)
+        self._check_signals()
+        self._check_teacher()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some term reads a teacher signal."""
+        return bool(self.objective.teacher_signals)
+
+    @property
+    def batch_keys(self) -> frozenset[str]:
+        """Every key that `forward` has a use for: inputs of the student, of the teacher, and ``labels``."""
+        teacher = self.teacher.batch_keys if self.teacher is not None and self.needs_teacher else frozenset[str]()
+        return self.student_inputs | teacher | {"labels"}
+
+    def forward(
+        self,
+        labels: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        student_only: bool = False,
+        **batch: Tensor,
+    ) -> DistillerOutput:
+        """One training step up to the loss.
+
+        Args:
+            labels: hard labels, for the terms that read them.
+            num_items_in_batch: replaces the denominators of the objective's means, see `Objective.forward`.
+            student_only: run the student alone; the loss is then the student's own, for evaluation.
+            **batch: student inputs under their own names. Teacher inputs are the keys ``teacher_<input>`` where there
+                are any (a teacher with its own tokenizer), otherwise the student's; recorded teacher logits are
+                ``teacher_logits [B, C]``.
+
+        Returns:
+            `DistillerOutput`.
+
+        Raises:
+            ValueError: the batch has a key that neither model reads, or lacks what the teacher reads.
+        """
+        self._check_batch(batch)
+        student_batch = {name: value for name, value in batch.items() if name in self.student_inputs}
+        if student_only:
+            if labels is not None:
+                student_batch["labels"] = labels
+            outputs = self.student(**student_batch)
+            return DistillerOutput(loss=outputs.loss if labels is not None else None, logits=outputs.logits)
+
+        teacher_signals: dict[str, Tensor] = {}
+        if self.needs_teacher:
+            assert self.teacher is not None
+            teacher_signals = self.teacher.signals(batch, self.objective.teacher_signals)
+        logits = self.student(**student_batch).logits
+        version = logits._version
+        if labels is not None:
+            batch["labels"] = labels
+        loss, parts = self.objective({"logits": logits}, teacher_signals, batch, num_items=num_items_in_batch)
+        # A term that works in place has written its gradient over the logits; that is not to be mistaken for them.
+        overwritten = logits._version != version
+        return DistillerOutput(loss=loss, logits=None if overwritten else logits, parts=parts)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute the student's activations in the backward; ``TrainingArguments`` turns it on."""
+        self.student.activation_checkpointing_enable(**options)
+
+    def _check_batch(self, batch: dict[str, Tensor]) -> None:
+        unknown = batch.keys() - self.batch_keys
+        if not self.needs_teacher:
+            # Recorded or tokenized for a teacher that this objective does not ask.
+            unknown = {name for name in unknown if not name.startswith(TEACHER_PREFIX)}
+        if unknown:
+            _fail(
+                f"the batch has {', '.join(sorted(unknown))}, which neither {type(self.student).__name__} nor the teacher "
+                f"reads; known keys: {', '.join(sorted(self.batch_keys))}"
+            )
+
+    def _check_signals(self) -> None:
+        missing = self.objective.student_signals - STUDENT_SIGNALS
+        if missing:
+            _fail(f"the objective reads {sorted(missing)} from the student, which gives {sorted(STUDENT_SIGNALS)}")
+        if not self.needs_teacher:
+            return
+        needed = self.objective.teacher_signals
+        if self.teacher is None:
+            _fail(f"the objective reads {sorted(needed)} from a teacher, got teacher=None; pass one or drop those terms")
+        missing = needed - self.teacher.provides
+        if missing:
+            _fail(
+                f"the objective reads {sorted(missing)} from the teacher, and {type(self.teacher).__name__} gives "
+                f"{sorted(self.teacher.provides)}"
+            )
+
+    def _check_teacher(self) -> None:
+        if not isinstance(self.teacher, OnlineTeacher):
+            return
+        student_parameters = {id(parameter) for parameter in self.student.parameters()}
+        if any(id(parameter) in student_parameters for parameter in self.teacher.model.parameters()):
+            _fail("student and teacher share parameters, and the teacher's are frozen; pass copy.deepcopy(model) as teacher")
+        if "logits" in self.objective.teacher_signals:
+            student_labels, teacher_labels = _num_labels(self.student), _num_labels(self.teacher.model)
+            if student_labels != teacher_labels and None not in (student_labels, teacher_labels):
+                _fail(
+                    f"the student has {student_labels} labels and the teacher {teacher_labels}: their logits cannot be "
+                    "compared; load the student with the teacher's num_labels and label order"
+                )
+
+
+def _as_objective(objective: Objective | nn.Module | Sequence[nn.Module]) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    return Objective([objective] if isinstance(objective, nn.Module) else objective)
+
+
+def _num_labels(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "num_labels", None)
+
+
+def _fail(message: str) -> NoReturn:
+    raise ValueError(f"Distiller: {message}")

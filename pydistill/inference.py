@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts in, logits out: the one forward pass that evaluation, timing and ``pydistill predict`` share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import pydistill.students  # noqa: F401 (registers the student architectures with AutoModel)
+from pydistill.config import UserError
+
+# Padded tokens per batch: large enough to fill two cores, small enough to stay in cache.
+BATCH_TOKENS = 4096
+
+
+class ModelError(UserError):
+    """A folder does not hold a classification model, or the texts do not fit the model."""
+
+
+def load_classifier(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model with its tokenizer, in eval mode, on the GPU where there is one.
+
+    Raises:
+        ModelError: the folder is missing or holds no classification model; names models further down if there are any.
+    """
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        found = sorted(entry.parent for entry in path.glob("*/*/config.json")) + sorted(
+            entry.parent for entry in path.glob("*/config.json")
+        )
+        hint = f"; models in it: {', '.join(map(str, found))}" if found else ""
+        raise ModelError(f"{folder}: holds no model (no config.json){hint}")
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def reads_pairs_apart(model: torch.nn.Module) -> bool:
+    """Whether the model takes the second sentence as ``pair_input_ids`` instead of behind a separator."""
+    return "pair_input_ids" in inspect.signature(model.forward).parameters
+
+
+def encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, ...]], max_length: int
+) -> dict[str, Tensor]:
+    """Return the padded inputs of ``rows`` (one or two texts each) as the model wants them.
+
+    Raises:
+        ModelError: rows of one text for a model of pairs, or the reverse.
+    """
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if not reads_pairs_apart(model):
+        return dict(tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
+    wanted = 2 if model.config.pair else 1
+    if len(columns) != wanted:
+        raise ModelError(f"this model classifies {'pairs' if wanted == 2 else 'single texts'}, got rows of {len(columns)}")
+    inputs: dict[str, Tensor] = {}
+    for prefix, column in zip(("", "pair_"), columns, strict=False):
+        coded = tokenizer(column, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        inputs |= {f"{prefix}{name}": coded[name] for name in ("input_ids", "attention_mask")}
+    return inputs
+
+
+def predict_logits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[str, ...]],
+    max_length: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Tensor:
+    """Return fp32 logits ``[len(rows), classes]`` on the CPU, in the order of ``rows``.
+
+    Rows of similar length share a batch, so that little of it is padding.
+    """
+    if not rows:
+        return torch.empty(0, model.config.num_labels)
+    # White-space words stand in for tokens: exact lengths would cost a second tokenization.
+    lengths = [sum(len(text.split()) for text in row) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    logits = torch.empty(len(rows), model.config.num_labels)
+    position = 0
+    with torch.inference_mode():
+        while position < len(order):
+            size = max(1, batch_tokens // max(8, 2 * lengths[order[position]]))
+            batch = order[position : position + size]
+            position += size
+            inputs = encode(model, tokenizer, [rows[index] for index in batch], max_length)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            logits[batch] = model(**inputs).logits.float().cpu()
+    return logits

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will do, before it does it: loads rows and model configurations, times one batch, refuses what cannot work."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+from pydistill import _dispatch
+from pydistill.config import ConfigError, RunConfig, UserError, find_recipe, load_config, resolve_path
+from pydistill.data.tasks import DataError, Task, load_task
+
+# Keys that may differ when a run is continued: they add results beside the finished ones or only move work around.
+CONTINUABLE = ("output", "description", "seeds", "arms", "augment.workers", "teacher.batch_tokens", "teacher.logits_folder")
+CONFIG_FILE = "config.yaml"
+# Holds the fingerprint of the rows that a run was started with.
+DATA_FILE = "data.sha256"
+# Rows of dev that the dry run shows to a teacher: enough to see exchanged labels, a second or so of work.
+DRY_RUN_ROWS = 64
+# A different assignment of the teacher's classes must explain this share more of those rows to be reported as exchanged.
+EXCHANGED_MARGIN = 0.25
+
+
+class PlanError(UserError):
+    """The run cannot work as configured; the message lists every reason and what to do about it."""
+
+
+@dataclass
+class Plan:
+    """A run that can start: its configuration, its rows, and what a reader should know beforehand.
+
+    ``print(plan)`` shows the table.
+    """
+
+    config: RunConfig
+    task: Task
+    teacher: str
+    tokenizer: PreTrainedTokenizerBase
+    output: Path
+    resume: bool = False
+    overwrite: bool = False
+    sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def add(self, section: str, name: str, value: object) -> None:
+        """Add one line to the table."""
+        self.sections.setdefault(section, []).append((name, str(value)))
+
+    def __str__(self) -> str:
+        width = max(len(name) for rows in self.sections.values() for name, _ in rows)
+        lines = []
+        for title, rows in self.sections.items():
+            lines.append(title)
+            lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+        return "\n".join(lines)
+
+
+def plan(
+    source: RunConfig | str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = True,
+) -> Plan:
+    """Check everything that can be checked without working, and say what the run will do.
+
+    Args:
+        source: a configuration, the name of a built-in recipe, or a yaml file.
+        overrides: dotted keys and values laid over a name or file.
+        resume: continue the run that the output folder holds; finished stages are kept.
+        overwrite: replace the run that the output folder holds.
+        dry_run: time the teacher on a few rows of dev, and compare a fine-tuned teacher's answers with the labels.
+
+    Raises:
+        PlanError: listing every reason: unreadable, empty or unlabelled data, missing columns, labels or label order that
+            differ between teacher and data, sequence lengths over the model's limit, missing packages or files,
+            training arguments that contradict each other, an output folder that holds another run.
+    """
+    config = source if isinstance(source, RunConfig) else load_config(find_recipe(source), overrides)
+    problems: list[str] = []
+    output = Path(config.output).expanduser()
+    _collect(problems, check_output, config, output, resume, overwrite)
+    task = _collect(problems, load_task, config.data)
+    if task is not None and resume:
+        _collect(problems, check_same_rows, task, output)
+    teacher = _collect(problems, resolve_model, config.teacher.model, "teacher.model")
+    _collect(problems, check_packages, config)
+    _collect(problems, check_vectors, config)
+    problems += check_training_arguments(config)
+
+    tokenizer = None
+    if teacher is not None:
+        model_config = _collect(problems, load_model_config, teacher)
+        if model_config is not None:
+            tokenizer = _collect(problems, load_tokenizer, config, teacher)
+            problems += check_teacher(config, model_config, tokenizer, task)
+    if problems or task is None or teacher is None or tokenizer is None:
+        raise PlanError("\n".join(problems))
+
+    result = Plan(config, task, teacher, tokenizer, output, resume, overwrite)
+    _describe(result)
+    if dry_run:
+        _dry_run(result)
+    return result
+
+
+def _collect(problems: list[str], check: Any, *arguments: Any) -> Any:
+    """Run one check; what it refuses joins the list, so that all problems are reported at once."""
+    try:
+        return check(*arguments)
+    except (DataError, ConfigError, PlanError) as error:
+        problems.append(str(error))
+        return None
+
+
+def check_output(config: RunConfig, output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something else, and a continuation whose finished stages would not fit."""
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"output: {output} is a file; name a folder")
+    entries = [entry.name for entry in output.iterdir()] if output.exists() else []
+    if not entries:
+        return
+    if CONFIG_FILE not in entries:
+        raise PlanError(f"output: {output} is not empty and holds no run; choose another folder")
+    try:
+        saved = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        is_run = isinstance(saved, dict) and "recipe" in saved
+    except (OSError, yaml.YAMLError):
+        is_run = False
+    if not is_run:
+        raise PlanError(f"output: {output / CONFIG_FILE} is not the configuration of a run; choose another folder")
+    if overwrite:
+        return
+    if not resume:
+        raise PlanError(f"output: {output} already holds a run; add --resume or --overwrite, or choose another folder")
+    before, now = dict(_flat(saved)), dict(_flat(config.model_dump(mode="json")))
+    differing = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in CONTINUABLE
+    ]
+    if differing:
+        raise PlanError(
+            f"output: {output} holds a run with another configuration ({'; '.join(differing)}); "
+            "--resume continues an equal one: choose another folder, or --overwrite"
+        )
+
+
+def data_fingerprint(task: Task) -> str:
+    """Return a hash of every text and label of the task, in order."""
+    digest = hashlib.sha256("\t".join(task.label_names).encode())
+    for split, rows in task.splits.items():
+        digest.update(split.encode())
+        for column in (*task.text_columns, "labels"):
+            for value in rows[column]:
+                digest.update(f"{value}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def check_same_rows(task: Task, output: Path) -> None:
+    """Refuse to continue a run whose files have changed since: its finished stages belong to other rows."""
+    recorded = output / DATA_FILE
+    if recorded.is_file() and recorded.read_text(encoding="utf-8") != data_fingerprint(task):
+        raise PlanError(
+            f"output: the rows have changed since the run in {output} was started; "
+            "choose another folder, or --overwrite"
+        )
+
+
+def _flat(block: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in block.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def resolve_model(source: str, key: str) -> str:
+    """Return a folder, or the hub name unchanged; a path that does not exist is refused before the hub is asked."""
+    path = Path(resolve_path(source))
+    looks_local = source.startswith((".", "/", "~", "package:")) or source.count("/") > 1
+    if looks_local and not (path / "config.json").is_file():
+        raise PlanError(f"{key}: {source}: there is no such folder with a config.json")
+    return str(path) if path.is_dir() else source
+
+
+def load_model_config(model: str) -> PretrainedConfig:
+    """Read a model's configuration; nothing of its weights."""
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"teacher.model: {model}: {_first_line(error)}") from None
+
+
+def load_tokenizer(config: RunConfig, model: str) -> PreTrainedTokenizerBase:
+    """Load the teacher's tokenizer, from its own folder or from ``teacher.tokenizer``."""
+    source = config.teacher.tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(resolve_path(source) if source else model)
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"teacher.tokenizer: {source or model}: {_first_line(error)}; name a tokenizer with --teacher.tokenizer"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def length_limit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Return the longest input of the model in tokens, or None where neither model nor tokenizer states one."""
+    limits = []
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa's family counts positions from the padding id onwards and so has fewer than its table.
+        offset = (model_config.pad_token_id or 0) + 1 if model_config.model_type in ROBERTA_FAMILY else 0
+        limits.append(positions - offset)
+    if tokenizer is not None and tokenizer.model_max_length < 1_000_000:
+        limits.append(tokenizer.model_max_length)
+    return min(limits, default=None)
+
+
+ROBERTA_FAMILY = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "roberta-prelayernorm")
+
+
+def check_teacher(
+    config: RunConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, task: Task | None
+) -> list[str]:
+    """Return what keeps this teacher from teaching this task: no head, other labels, too long inputs."""
+    problems = []
+    limit = length_limit(model_config, tokenizer)
+    if limit is not None and config.teacher.max_length > limit:
+        problems.append(
+            f"teacher.max_length: must be at most {limit}, the limit of {config.teacher.model}, "
+            f"got {config.teacher.max_length}"
+        )
+    if config.student.vectors == "teacher" and config.student.embedding_size is not None:
+        width = getattr(model_config, "embedding_size", None) or model_config.hidden_size
+        if width != config.student.embedding_size:
+            problems.append(
+                f"student.embedding_size: the teacher's vectors have {width} numbers, got "
+                f"{config.student.embedding_size}; leave it out, or set student.vectors to random or a file"
+            )
+    if config.teacher.fine_tune is not None:
+        return problems
+    architectures = model_config.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        problems.append(
+            f"teacher.model: {config.teacher.model} has no classification head ({', '.join(architectures) or 'unknown'}); "
+            "name a fine-tuned model, or let the recipe fine-tune it: --teacher.fine_tune.num_train_epochs 3"
+        )
+    elif task is not None:
+        problems += check_labels(config, model_config, task)
+    return problems
+
+
+def check_labels(config: RunConfig, model_config: PretrainedConfig, task: Task) -> list[str]:
+    """Compare the classes of a fine-tuned teacher with those of the data: number, names, order."""
+    ours = list(task.label_names)
+    theirs = [str(model_config.id2label[index]) for index in range(model_config.num_labels)]
+    name = config.teacher.model
+    if len(theirs) != len(ours):
+        return [
+            f"teacher.model: {name} has {len(theirs)} classes ({', '.join(theirs)}), the data has {len(ours)} "
+            f"({', '.join(ours)})"
+        ]
+    if _generic(theirs) or not task.named_labels:
+        return []  # one side has only numbers: the dry run compares answers instead
+    folded = [label.casefold() for label in theirs]
+    wanted = [label.casefold() for label in ours]
+    if sorted(folded) != sorted(wanted):
+        return [
+            f"data.labels: the teacher {name} names its classes {', '.join(theirs)}, the data {', '.join(ours)}; "
+            "they must be the same words: set data.labels to the teacher's, in the order of the ids in the file"
+        ]
+    if folded != wanted:
+        return [
+            f"data.labels: the teacher {name} orders its classes {', '.join(theirs)}, the data {', '.join(ours)}; "
+            "labels that are words follow data.labels: set it to the teacher's order. "
+            "Labels that are numbers must be renumbered in the file"
+        ]
+    return []
+
+
+def _generic(names: Sequence[str]) -> bool:
+    return all(name.upper() == f"LABEL_{index}" or name == str(index) for index, name in enumerate(names))
+
+
+def check_packages(config: RunConfig) -> None:
+    """Name every missing optional package at once, with the command that installs them."""
+    needed = {"matplotlib": "the pictures of the report"}
+    if "augmented" in config.arms and config.augment.pos_replacement and config.augment.p_pos > 0:
+        needed["textblob"] = "POS-guided replacement (or set augment.pos_replacement to false)"
+    missing = {name: why for name, why in needed.items() if importlib.util.find_spec(name) is None}
+    if missing:
+        reasons = "; ".join(f"{name} for {why}" for name, why in missing.items())
+        raise PlanError(f"packages are missing: {reasons}; run: pip install {' '.join(missing)}")
+
+
+def check_vectors(config: RunConfig) -> None:
+    """Refuse a file of word vectors that is absent, or as wide as nothing that student.embedding_size says."""
+    vectors, wanted = config.student.vectors, config.student.embedding_size
+    if vectors == "teacher":
+        return
+    if vectors == "random":
+        if wanted is None:
+            raise PlanError("student.embedding_size: random vectors need a width, e.g. --student.embedding_size 300")
+        return
+    path = Path(vectors).expanduser()
+    if not path.is_file():
+        raise PlanError(f"student.vectors: must be teacher, random or a file; there is no file {vectors}")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            fields = file.readline().split()
+    except OSError as error:
+        raise PlanError(f"student.vectors: {vectors} cannot be read: {error}") from None
+    # word2vec opens with "rows width", GloVe with its first row.
+    width = int(fields[1]) if len(fields) == 2 and fields[1].isdigit() else len(fields) - 1
+    if wanted is not None and wanted != width:
+        raise PlanError(f"student.embedding_size: the vectors of {vectors} have {width} numbers, got {wanted}")
+
+
+def check_training_arguments(config: RunConfig) -> list[str]:
+    """Return what ``TrainingArguments`` itself refuses (strategies that do not fit together, missing back ends)."""
+    blocks = {"train": config.train}
+    blocks |= {f"train_per_arm.{arm}": config.train | block for arm, block in config.train_per_arm.items()}
+    if config.teacher.fine_tune is not None:
+        blocks["teacher.fine_tune"] = config.teacher.fine_tune
+    problems = []
+    if config.patience is not None and config.train.get("eval_strategy", "no") == "no":
+        problems.append("patience: counts evaluations, and train.eval_strategy is no; set it to epoch or steps")
+    with tempfile.TemporaryDirectory() as folder:
+        for key, block in blocks.items():
+            try:
+                TrainingArguments(output_dir=folder, **block)
+            except (ValueError, ImportError, RuntimeError) as error:
+                problems.append(f"{key}: {' '.join(str(error).split())}")
+    return problems
+
+
+def _describe(result: Plan) -> None:
+    config, task = result.config, result.task
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result.add("run", "recipe", config.recipe)
+    result.add("run", "output", f"{result.output}{' (continued)' if result.resume and result.output.exists() else ''}")
+    result.add("run", "students", f"{', '.join(config.arms)}; seeds {', '.join(map(str, config.seeds))}")
+    for split, source in (("train", config.data.train), ("dev", config.data.dev), ("test", config.data.test)):
+        rows = f"{task.counts[split]:,} rows"
+        origin = source or ("held out of train" if split == "dev" or config.data.test_rows else "dev")
+        result.add("data", split, f"{rows} from {origin}")
+    result.add("data", "text", " + ".join(task.text_columns))
+    result.add("data", "labels", ", ".join(f"{index} = {name}" for index, name in enumerate(task.label_names)))
+    for note in task.notes:
+        result.add("data", "note", note)
+    result.add("teacher", "model", config.teacher.model)
+    if config.teacher.fine_tune is None:
+        result.add("teacher", "fine-tuning", "none: its head is used as it is")
+    else:
+        result.add("teacher", "fine-tuning", _arguments_line(config.teacher.fine_tune))
+    if "augmented" in config.arms:
+        rules = [rule for rule in ("masking", "pos_replacement", "ngram") if getattr(config.augment, rule)]
+        most = task.counts["train"] * config.augment.n_iter
+        result.add("transfer set", "augmentation", f"at most {most:,} new rows ({', '.join(rules) or 'no rule'})")
+        mask = result.tokenizer.mask_token
+        if mask is None and config.augment.masking:
+            result.add("transfer set", "note", "the teacher's tokenizer has no mask token: it sees its unknown token")
+    term = config.objective
+    result.add("students", "loss", _loss_line(term.divergence, term.hard_weight, term.temperature))
+    result.add("students", "optimizer", f"{config.optimizer.name}, {_arguments_line(config.train)}")
+    for arm, block in config.train_per_arm.items():
+        result.add("students", f"{arm} only", _arguments_line(block))
+    result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads")
+    chosen = _dispatch.resolve("soft_target", torch.device(device))
+    result.add("machine", "soft_target", f"{chosen}: {_dispatch.backends('soft_target')[chosen].reason}")
+    parent = next(folder for folder in (result.output, *result.output.absolute().parents) if folder.exists())
+    result.add("machine", "free disk", f"{shutil.disk_usage(parent).free / 1e9:.1f} GB")
+
+
+def _arguments_line(block: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in block.items()) or "defaults"
+
+
+def _loss_line(divergence: str, hard_weight: float, temperature: float) -> str:
+    soft = divergence if temperature == 1 else f"{divergence} at T = {temperature:g}"
+    if hard_weight == 0:
+        return soft
+    return f"{1 - hard_weight:g} {soft} + {hard_weight:g} cross-entropy"
+
+
+def _dry_run(result: Plan) -> None:
+    """Show the teacher a few rows of dev: its pace tells the labelling time, its answers the order of its classes."""
+    import time
+
+    from transformers import AutoModelForSequenceClassification
+
+    config, task = result.config, result.task
+    rows = task.splits["dev"].select(range(min(DRY_RUN_ROWS, task.counts["dev"])))
+    texts = [rows[column][:] for column in task.text_columns]
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(result.teacher, num_labels=len(task.label_names))
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    batch = result.tokenizer(
+        *texts, truncation=True, max_length=config.teacher.max_length, padding="longest", return_tensors="pt"
+    ).to(model.device)
+    with torch.inference_mode():
+        model(**{name: tensor[:4] for name, tensor in batch.items()})  # the first call pays for allocations
+        start = time.perf_counter()
+        logits = model(**batch).logits.float().cpu().numpy()
+        pace = len(rows) / (time.perf_counter() - start)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    result.add("teacher", "parameters", f"{parameters:,}")
+    result.add("teacher", "pace", f"{pace:,.0f} rows per second")
+    to_label = task.counts["train"] * (1 + (config.augment.n_iter if "augmented" in config.arms else 0))
+    result.add("transfer set", "labelling", f"at most {to_label:,} rows, about {_duration(to_label / pace)}")
+    if config.teacher.fine_tune is None:
+        _check_answers(result, logits, np.asarray(rows["labels"][:]))
+
+
+def _check_answers(result: Plan, logits: np.ndarray, labels: np.ndarray) -> None:
+    classes = logits.shape[1]
+    answers = logits.argmax(axis=1)
+    agreement = float((answers == labels).mean())
+    result.add("teacher", "agreement", f"{agreement:.0%} of {len(labels)} rows of dev")
+    if classes > 6:  # 7! assignments and more would need many more rows to tell apart
+        return
+    table = np.zeros((classes, classes), dtype=int)
+    np.add.at(table, (answers, labels), 1)
+    best = max(itertools.permutations(range(classes)), key=lambda order: sum(table[range(classes), order]))
+    explained = sum(table[range(classes), best]) / len(labels)
+    if explained - agreement >= EXCHANGED_MARGIN:
+        meaning = ", ".join(f"its {index} is the data's {target}" for index, target in enumerate(best))
+        raise PlanError(
+            f"data.labels: the teacher {result.config.teacher.model} agrees with {agreement:.0%} of {len(labels)} rows of "
+            f"dev, and with {explained:.0%} if {meaning}: its classes are in another order; renumber or reorder the labels"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the loading and saving bars and messages of transformers and datasets, and restore what was set."""
+    import datasets
+    from transformers.utils import logging
+
+    level, bars, rows = logging.get_verbosity(), logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if rows:
+            datasets.enable_progress_bars()
+
+
+class _CallableModule(ModuleType):
+    """This module, callable: importing it sets the package's attribute ``plan``, which is also the public function."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Plan:
+        return plan(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,631 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tang et al. 2019 (arXiv 1903.12136): a fine-tuned Transformer teaches a BiLSTM its logits on real and synthetic rows.
+
+Each stage writes its own folder and appears under its name only when it is complete, so a run that was interrupted goes
+on where it stopped: ``teacher/``, ``transfer/augmented/``, ``transfer/*-logits/``, ``students/ARM-seedN/``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Value, concatenate_datasets, load_from_disk
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from pydistill import SoftTarget, _dispatch
+from pydistill.data.augment import AugmentConfig, augment_dataset
+from pydistill.distiller import Distiller
+from pydistill.inference import predict_logits
+from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, quiet
+from pydistill.report import (
+    METRICS_FILE,
+    REPORT_FILE,
+    best_student,
+    predict_line,
+    table,
+    text_table,
+    write_report,
+    write_text,
+)
+from pydistill.students.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
+from pydistill.students.words import build_word_tokenizer, word_vectors
+from pydistill.teachers import RecordedTeacher, label_transfer_set
+from pydistill.trainer import DistillationTrainer, OptimizerConfig, last_checkpoint
+
+# What a run writes into its output folder; --overwrite removes these and nothing else.
+WORK = "work"
+OWN_ENTRIES = ("teacher", "transfer", "students", WORK, METRICS_FILE, REPORT_FILE, CONFIG_FILE, DATA_FILE)
+OWN_PICTURES = ("comparison.png", "curves.png")
+STAGE_FILE = "stage.json"
+MASK = AugmentConfig().mask_token
+# Rows that time a model, and how often: the best of the repeats is the least disturbed by other work on the machine.
+TIMED_ROWS = {"teacher": 200, "student": 1000}
+TIMED_REPEATS = 3
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Carry out the plan and return its results, the content of ``metrics.json``."""
+    with quiet():
+        return _run(plan)
+
+
+def _run(plan: Plan) -> dict[str, Any]:
+    _open(plan)
+    stages = Stages(plan.output)
+    teacher = _teacher(plan, stages)
+    transfer = _transfer_set(plan, stages, teacher)
+    students = _train_students(plan, stages, teacher, transfer)
+    results = _evaluate(plan, stages, teacher, students)
+    write_text(plan.output / METRICS_FILE, json.dumps(results, indent=1))
+    shutil.rmtree(plan.output / WORK, ignore_errors=True)
+    page = write_report(plan.output)
+    print(f"\n{text_table(table(results))}\n{results['measured']}\n")
+    print(f"report:  {page}\nstudent: {plan.output / best_student(results)['folder']}")
+    print(f"try it:  {predict_line(plan.output, results)}")
+    return results
+
+
+def _open(plan: Plan) -> None:
+    """Make the output folder this run's own: empty it if told to, and say which configuration it belongs to."""
+    if plan.overwrite:
+        for name in (*OWN_ENTRIES, *OWN_PICTURES):
+            path = plan.output / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    write_text(plan.output / DATA_FILE, data_fingerprint(plan.task))
+    write_text(plan.output / CONFIG_FILE, plan.config.to_yaml())
+
+
+class Stages:
+    """Folders that are built once: under ``work/`` first, under their own name when complete."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.done: list[dict[str, Any]] = []
+
+    def build(self, name: str, make: Callable[[Path], int], what: str) -> Path:
+        """Return the folder ``name``; ``make(folder)`` fills it and returns how many rows or steps that took.
+
+        ``make`` may find its own earlier, interrupted work in ``self.scratch(name)``.
+        """
+        final = self.output / name
+        marker = final / STAGE_FILE
+        if marker.is_file():
+            record = json.loads(marker.read_text(encoding="utf-8"))
+            print(f"[{name}] kept from before", flush=True)
+        else:
+            print(f"[{name}] {what}", flush=True)
+            building = self.scratch(f"{name}.new")
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            start = time.perf_counter()
+            rows = make(building)
+            record = {"name": name, "seconds": round(time.perf_counter() - start, 2), "rows": rows}
+            write_text(building / STAGE_FILE, json.dumps(record))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(building, final)
+            shutil.rmtree(self.scratch(name), ignore_errors=True)
+            print(f"[{name}] {record['seconds']:.1f} s", flush=True)
+        self.done.append(record)
+        return final
+
+    def scratch(self, name: str) -> Path:
+        """Return the folder where the unfinished work of a stage lies."""
+        return self.output / WORK / name.replace("/", "-")
+
+
+@dataclass
+class TeacherHandle:
+    """The fine-tuned teacher: where it is, loaded when first needed."""
+
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    classes: int
+    _model: PreTrainedModel | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model in eval mode, on the GPU where there is one."""
+        if self._model is None:
+            self._model = AutoModelForSequenceClassification.from_pretrained(self.source)
+            self._model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        return self._model
+
+
+def _teacher(plan: Plan, stages: Stages) -> TeacherHandle:
+    config, names = plan.config, plan.task.label_names
+    if config.teacher.fine_tune is None:
+        return TeacherHandle(plan.teacher, plan.tokenizer, len(names))
+
+    def make(folder: Path) -> int:
+        return _fine_tune(plan, folder, stages.scratch("teacher"))
+
+    folder = stages.build("teacher", make, f"fine-tune {config.teacher.model} on {plan.task.counts['train']:,} rows")
+    return TeacherHandle(str(folder), AutoTokenizer.from_pretrained(folder), len(names))
+
+
+def _fine_tune(plan: Plan, folder: Path, scratch: Path) -> int:
+    config, task = plan.config, plan.task
+    assert config.teacher.fine_tune is not None
+    set_seed(config.teacher.fine_tune_seed)
+    labels = dict(enumerate(task.label_names))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        plan.teacher, id2label=labels, label2id={name: index for index, name in labels.items()}
+    )
+
+    def encode(batch: Mapping[str, Any]) -> dict[str, Any]:
+        texts = [batch[column] for column in task.text_columns]
+        return dict(plan.tokenizer(*texts, truncation=True, max_length=config.teacher.max_length))
+
+    splits = {
+        split: task.splits[split].map(encode, batched=True, remove_columns=list(task.text_columns))
+        for split in ("train", "dev")
+    }
+    arguments = _arguments(config.teacher.fine_tune, scratch, config.teacher.fine_tune_seed, config.metric)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=splits["train"],
+        eval_dataset=splits["dev"],
+        data_collator=DataCollatorWithPadding(plan.tokenizer),
+        compute_metrics=_compute_metrics,
+    )
+    _attach_progress(trainer, config.metric)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(scratch))
+    model.save_pretrained(folder)
+    plan.tokenizer.save_pretrained(folder)
+    return trainer.state.global_step
+
+
+def _arguments(block: Mapping[str, Any], scratch: Path, seed: int, metric: str) -> TrainingArguments:
+    """``TrainingArguments`` of the configuration, with what a run needs where the configuration is silent."""
+    defaults: dict[str, Any] = {
+        "eval_strategy": "epoch",
+        "save_strategy": block.get("eval_strategy", "epoch"),
+        "logging_steps": 100,
+        "report_to": "none",
+        "disable_tqdm": True,  # Progress below says it in a line
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if block.get("eval_strategy", "epoch") != "no":
+        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "save_total_limit": 1}
+    settings = defaults | dict(block)
+    return TrainingArguments(output_dir=str(scratch), seed=seed, data_seed=seed, **settings)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    found = last_checkpoint(folder)
+    return None if found is None else str(found)
+
+
+class Progress(TrainerCallback):
+    """One line that is rewritten on a terminal, one line per evaluation elsewhere."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.loss = ""
+        self.score = ""
+        self.shown = 0.0
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Take over the loss or the score and show it."""
+        logs = logs or {}
+        if "loss" in logs:
+            self.loss = f"  loss {logs['loss']:.4f}"
+        evaluated = f"eval_{self.metric}" in logs
+        if evaluated:
+            self.score = f"  dev {self.metric} {100 * logs[f'eval_{self.metric}']:.1f} %"
+        line = f"  step {state.global_step:,}/{state.max_steps:,}{self.loss}{self.score}"
+        if sys.stdout.isatty():
+            print(f"\r{line}\x1b[K", end="", flush=True)
+        elif evaluated or time.monotonic() - self.shown > 30:
+            print(line, flush=True)
+            self.shown = time.monotonic()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave the last line standing."""
+        if sys.stdout.isatty():
+            print(flush=True)
+
+
+def _attach_progress(trainer: Trainer, metric: str) -> None:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(metric))
+
+
+def classification_metrics(answers: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """Accuracy, F1 (of class 1 for two classes, otherwise the mean over the classes) and Matthews correlation.
+
+    Args:
+        answers: predicted class ids ``[N]``.
+        labels: true class ids ``[N]``.
+        classes: how many classes there are.
+    """
+    table = np.zeros((classes, classes))  # [true, predicted]
+    np.add.at(table, (labels, answers), 1)
+    hits, true, predicted = np.diag(table), table.sum(1), table.sum(0)
+    total = table.sum()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = np.nan_to_num(2 * hits / (true + predicted))
+        spread = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
+        matthews = np.nan_to_num((hits.sum() * total - (true * predicted).sum()) / np.sqrt(spread))
+    return {
+        "accuracy": float(hits.sum() / total),
+        "f1": float(f1[1] if classes == 2 else f1.mean()),
+        "matthews": float(matthews),
+    }
+
+
+def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    labels = np.asarray(prediction.label_ids)
+    return classification_metrics(logits.argmax(-1), labels, logits.shape[-1])
+
+
+def _transfer_set(plan: Plan, stages: Stages, teacher: TeacherHandle) -> dict[str, Dataset]:
+    """Return the rows with teacher logits: ``train`` (true labels) and ``augmented`` (the teacher's labels)."""
+    parts: dict[str, Dataset] = {}
+    if set(plan.config.arms) != {"hard"}:
+        parts["train"] = _label(plan, stages, teacher, "train", plan.task.splits["train"])
+    if "augmented" in plan.config.arms:
+        rows = _augment(plan, stages)
+        labelled = _label(plan, stages, teacher, "augmented", rows.remove_columns("source"))
+        answers = np.asarray(labelled.with_format("numpy")["teacher_logits"][:]).argmax(-1)
+        feature = plan.task.splits["train"].features["labels"]
+        parts["augmented"] = labelled.add_column("labels", answers.tolist()).cast_column("labels", feature)
+    return parts
+
+
+def _augment(plan: Plan, stages: Stages) -> Dataset:
+    section = plan.config.augment
+
+    def make(folder: Path) -> int:
+        config = AugmentConfig(**section.model_dump(exclude={"workers"}))
+        rows = augment_dataset(plan.task.splits["train"], plan.task.text_columns, config, num_proc=section.workers, progress=sys.stderr.isatty())
+        rows.save_to_disk(folder / "rows")
+        return len(rows)
+
+    folder = stages.build("transfer/augmented", make, f"augment {plan.task.counts['train']:,} rows")
+    return load_from_disk(str(folder / "rows"))
+
+
+def _label(plan: Plan, stages: Stages, teacher: TeacherHandle, name: str, rows: Dataset) -> Dataset:
+    config, columns = plan.config.teacher, plan.task.text_columns
+    kept = Path(config.logits_folder).expanduser() / name if config.logits_folder else None
+
+    def make(folder: Path) -> int:
+        labelled = label_transfer_set(
+            _with_mask_token(rows, columns, teacher.tokenizer),
+            teacher.model,
+            teacher.tokenizer,
+            text_columns=columns,
+            output=kept or stages.scratch(f"transfer/{name}-logits"),
+            batch_size_tokens=config.batch_tokens,
+            dtype=getattr(torch, config.label_dtype),
+            max_length=config.max_length,
+            progress=sys.stderr.isatty(),
+        )
+        labelled.select_columns("teacher_logits").save_to_disk(folder / "rows")
+        return len(labelled)
+
+    folder = stages.build(f"transfer/{name}-logits", make, f"the teacher labels {len(rows):,} rows")
+    logits = load_from_disk(str(folder / "rows"))
+    return concatenate_datasets([rows, logits], axis=1)
+
+
+def _with_mask_token(rows: Dataset, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Write the teacher's own mask token where augmentation wrote ``[MASK]``."""
+    token = tokenizer.mask_token or tokenizer.unk_token
+    if token in (MASK, None):
+        return rows
+
+    def translate(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+        return {column: [text.replace(MASK, str(token)) for text in batch[column]] for column in columns}
+
+    return rows.map(translate, batched=True)
+
+
+def _train_students(
+    plan: Plan, stages: Stages, teacher: TeacherHandle, transfer: Mapping[str, Dataset]
+) -> dict[str, dict[int, Path]]:
+    """Train every arm with every seed; return their folders."""
+    config, task = plan.config, plan.task
+    train = task.splits["train"]
+    sentences = [text for column in task.text_columns for text in train[column]]
+    tokenizer = build_word_tokenizer(
+        sentences,
+        max_size=config.student.vocabulary_size,
+        min_count=config.student.min_count,
+        lowercase=config.student.lowercase,
+    )
+    vectors = _vectors(plan, teacher, tokenizer)
+    folders: dict[str, dict[int, Path]] = {}
+    encoded: dict[str, Dataset] = {}
+
+    def rows_of(arm: str) -> Dataset:
+        for part in {"hard": ["plain"], "distilled": ["train"], "augmented": ["train", "augmented"]}[arm]:
+            if part not in encoded:
+                encoded[part] = _encode(plan, tokenizer, train if part == "plain" else transfer[part])
+        if arm == "augmented":
+            return concatenate_datasets([encoded["train"], encoded["augmented"]])
+        return encoded["plain" if arm == "hard" else "train"]
+
+    dev = _encode(plan, tokenizer, task.splits["dev"])
+    for arm in config.arms:
+        for seed in config.seeds:
+
+            def make(folder: Path, arm: str = arm, seed: int = seed) -> int:
+                student = _new_student(plan, tokenizer, vectors, seed)
+                scratch = stages.scratch(f"students/{arm}-seed{seed}")
+                return _train(plan, arm, seed, student, tokenizer, rows_of(arm), dev, folder, scratch)
+
+            name = f"students/{arm}-seed{seed}"
+            folders.setdefault(arm, {})[seed] = stages.build(name, make, "train")
+    return folders
+
+
+def _vectors(plan: Plan, teacher: TeacherHandle, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
+    source = plan.config.student.vectors
+    if source == "random":
+        return None
+    if source == "teacher":
+        return word_vectors(tokenizer, teacher=teacher.model, teacher_tokenizer=teacher.tokenizer)
+    return word_vectors(tokenizer, path=Path(source).expanduser())
+
+
+def _new_student(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, vectors: torch.Tensor | None, seed: int
+) -> BiLSTMForSequenceClassification:
+    section = plan.config.student
+    set_seed(seed)
+    labels = dict(enumerate(plan.task.label_names))
+    width = vectors.shape[1] if vectors is not None else section.embedding_size
+    assert width is not None  # the plan asks for a width where vectors are random
+    student = BiLSTMForSequenceClassification(
+        BiLSTMConfig(
+            vocab_size=len(tokenizer),
+            embedding_size=width,
+            multichannel=section.multichannel,
+            hidden_size=section.hidden_size,
+            classifier_size=section.classifier_size,
+            pair=plan.task.pair,
+            dropout=section.dropout,
+            pad_token_id=tokenizer.pad_token_id,
+            unk_token_id=tokenizer.unk_token_id,
+            id2label=labels,
+            label2id={name: index for index, name in labels.items()},
+        )
+    )
+    if vectors is not None:
+        student.embeddings_from(vectors)
+    return student
+
+
+def _encode(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
+    """Turn texts into the word ids that the student reads, ``pair_*`` for the second text."""
+
+    def encode(batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        for prefix, column in zip(("", "pair_"), plan.task.text_columns, strict=False):
+            coded = tokenizer(batch[column], truncation=True, max_length=plan.config.student.max_length)
+            inputs[f"{prefix}input_ids"] = coded["input_ids"]
+        return inputs
+
+    return rows.map(encode, batched=True, remove_columns=list(plan.task.text_columns))
+
+
+def _train(
+    plan: Plan,
+    arm: str,
+    seed: int,
+    student: BiLSTMForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    dev: Dataset,
+    folder: Path,
+    scratch: Path,
+) -> int:
+    config = plan.config
+    if arm == "hard":
+        distiller = Distiller(student, None, SoftTarget(hard_weight=1.0, name="hard"))
+    else:
+        distiller = Distiller(student, RecordedTeacher(), SoftTarget(**config.objective.model_dump()))
+    block = config.train | config.train_per_arm.get(arm, {})
+    arguments = _arguments(block, scratch, seed, config.metric)
+    section = config.optimizer
+    optimizer = OptimizerConfig(section.name, block.get("learning_rate"), section.rho, section.eps)
+    trainer = DistillationTrainer(
+        distiller,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=dev,
+        processing_class=tokenizer,
+        compute_metrics=_compute_metrics,
+        optimizer=optimizer,
+        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
+    )
+    _attach_progress(trainer, config.metric)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(scratch))
+    seconds = time.perf_counter() - start
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    state = trainer.state
+    record = {
+        "seed": seed,
+        "steps": state.global_step,
+        "best_step": state.best_global_step or state.global_step,
+        "seconds": round(seconds, 1),
+        "rows": len(rows),
+        "curve": [entry for entry in state.log_history if "loss" in entry or f"eval_{config.metric}" in entry],
+    }
+    write_text(folder / "training.json", json.dumps(record))
+    return state.global_step
+
+
+def _evaluate(
+    plan: Plan, stages: Stages, teacher: TeacherHandle, students: Mapping[str, Mapping[int, Path]]
+) -> dict[str, Any]:
+    config, task = plan.config, plan.task
+    print("[evaluate] teacher and students on the held-out rows", flush=True)
+    split = "dev" if task.test_is_dev else "test"
+    rows = {name: _texts(task.splits[name], task.text_columns) for name in dict.fromkeys(["dev", split])}
+    labels = {name: np.asarray(task.splits[name]["labels"][:]) for name in rows}
+    classes = len(task.label_names)
+
+    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+        found = {}
+        for name in rows:
+            answers = predict_logits(model, tokenizer, rows[name], max_length).argmax(-1).numpy()
+            found[name] = classification_metrics(answers, labels[name], classes)
+        return found
+
+    run_of_teacher = {"seed": config.teacher.fine_tune_seed, "folder": teacher.source, "curve": []}
+    run_of_teacher |= measure(teacher.model, teacher.tokenizer, config.teacher.max_length)
+    models = [
+        {"name": "teacher", "runs": [run_of_teacher]}
+        | _costs(teacher.model, teacher.tokenizer, Path(teacher.source), rows[split], config.teacher.max_length, "teacher")
+    ]
+    for arm, folders in students.items():
+        runs, costs = [], []
+        for folder in folders.values():
+            student = BiLSTMForSequenceClassification.from_pretrained(folder).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            record |= measure(student, tokenizer, config.student.max_length)
+            record["folder"] = str(folder.relative_to(plan.output))
+            runs.append(record)
+            costs.append(_costs(student, tokenizer, folder, rows[split], config.student.max_length, "student"))
+            _write_card(plan, folder, arm, record, split)
+        fastest = statistics.median(cost["sentences_per_second"] for cost in costs)
+        models.append({"name": arm, "runs": runs} | costs[0] | {"sentences_per_second": fastest})
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    return {
+        "recipe": config.recipe,
+        "description": config.description,
+        "metric": config.metric,
+        "split": split,
+        "task": task.counts
+        | {"labels": list(task.label_names), "notes": list(task.notes), "example": list(rows[split][0])},
+        "models": models,
+        "stages": stages.done,
+        "measured": (
+            f"{split}: {task.counts[split]:,} rows. Speed: tokenization and forward pass of the teacher on the {device}, "
+            f"of the students on the CPU, {torch.get_num_threads()} threads, {platform.machine()} {_cpu_name()}; "
+            "rows in batches of similar length, best of "
+            f"{TIMED_REPEATS}. Parameters count what training changes plus the frozen word vectors; "
+            "without embeddings: everything but the embedding tables."
+        ),
+        "environment": _dispatch.environment(),
+        "plan": str(plan),
+    }
+
+
+def _texts(rows: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    return list(zip(*(rows[column][:] for column in columns), strict=True))
+
+
+def _costs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    rows: Sequence[tuple[str, ...]],
+    max_length: int,
+    kind: str,
+) -> dict[str, Any]:
+    """Return parameters with and without embedding tables, bytes of the weights, and sentences per second."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    outside = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in tables)
+    frozen = sum(tensor.numel() for name, tensor in model.named_buffers() if "embeddings" in name and tensor.is_floating_point())
+    total = sum(tensor.numel() for tensor in model.parameters()) + frozen
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    timed = [rows[index % len(rows)] for index in range(min(TIMED_ROWS[kind], 4 * len(rows)))]
+    predict_logits(model, tokenizer, timed[:64], max_length)
+    seconds = []
+    for _ in range(TIMED_REPEATS):
+        start = time.perf_counter()
+        predict_logits(model, tokenizer, timed, max_length)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "parameters": total,
+        "parameters_without_embeddings": outside,
+        # A teacher that came from the hub lies in its cache: the size of its parameters stands for that of its file.
+        "file_bytes": sum(file.stat().st_size for file in files) or sum(p.nbytes for p in model.parameters()),
+        "sentences_per_second": len(timed) / min(seconds),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _write_card(plan: Plan, folder: Path, arm: str, record: Mapping[str, Any], split: str) -> None:
+    config = plan.config
+    pair = ', "and the second"' if plan.task.pair else ""
+    write_text(
+        folder / "README.md",
+        f"""---
+library_name: pydistill
+pipeline_tag: text-classification
+---
+# BiLSTM student ({arm}, seed {record["seed"]})
+
+Distilled with [Tang et al. 2019](https://arxiv.org/abs/1903.12136) by pydistill.
+
+- teacher: `{config.teacher.model}`
+- classes: {", ".join(plan.task.label_names)}
+- {config.metric} on {split}: {100 * record[split][config.metric]:.2f} %
+- {record["steps"]:,} steps on {record["rows"]:,} rows
+
+```
+pydistill predict FOLDER "some text"{pair}
+```
+
+```python
+import pydistill.students  # registers the architecture
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+""",
+    )

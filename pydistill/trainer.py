@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DistillationTrainer: ``transformers.Trainer``, plus what distillation needs and nothing more."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from transformers.utils import logging
+
+from pydistill.distiller import Distiller
+from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.get_logger(__name__)
+
+OBJECTIVE_WEIGHTS = "objective.safetensors"
+TRAINING_ARGUMENTS = "training_args.bin"
+TRAINER_STATE = "trainer_state.json"
+STUDENT_PREFIX = "student."
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer by name, where ``TrainingArguments.optim`` does not offer it or its arguments.
+
+    Args:
+        name: ``"adadelta"`` (Zeiler 2012, arXiv 1212.5701; Tang et al. 2019 train with it) or ``"adamw"``.
+        learning_rate: None is 1.0 for adadelta, and ``TrainingArguments.learning_rate`` for adamw.
+        rho: decay of adadelta's running averages.
+        eps: None is the optimizer's own default (adadelta) or ``TrainingArguments.adam_epsilon`` (adamw).
+
+    Weight decay, betas and the schedule come from the ``TrainingArguments``. Mind that their default schedule falls
+    linearly to 0; for the paper's adadelta pass ``lr_scheduler_type="constant"``.
+    """
+
+    name: Literal["adadelta", "adamw"] = "adamw"
+    learning_rate: float | None = None
+    rho: float = 0.95
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adadelta", "adamw"):
+            _fail("OptimizerConfig", f"name must be 'adadelta' or 'adamw', got {self.name!r}")
+
+    def resolve(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """The optimizer's class and its arguments."""
+        if self.name == "adadelta":
+            options: dict[str, Any] = {"lr": 1.0 if self.learning_rate is None else self.learning_rate, "rho": self.rho}
+            return torch.optim.Adadelta, options | ({} if self.eps is None else {"eps": self.eps})
+        return torch.optim.AdamW, {
+            "lr": args.learning_rate if self.learning_rate is None else self.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon if self.eps is None else self.eps,
+        }
+
+
+class DistillationTrainer(Trainer):
+    """``transformers.Trainer`` for a `Distiller`.
+
+    What it adds:
+
+    - the value of each term of the objective in the logs, as ``loss_<name>``, averaged over the logging window;
+    - checkpoints that are the student alone, in hub format: ``AutoModel*.from_pretrained(checkpoint)`` works. Parameters
+      of the objective, where it has any, lie beside it in ``objective.safetensors``;
+    - exact resume: training that was stopped at a checkpoint and continued ends with the same bits as training in one go.
+      ``train(resume_from_checkpoint=True)`` takes the last checkpoint that was completely written;
+    - evaluation and prediction run the student alone; ``eval_loss`` is the student's own loss on the labels. They do not
+      advance the random stream of training;
+    - the denominators of all terms are counted over the whole accumulated batch, so ``1 x 32`` equals ``4 x 8``;
+    - ``train_sampling_strategy="group_by_length"`` that is exactly resumable and finds lengths without reading the rows
+      one by one; evaluation keeps the order of the rows;
+    - `optimizer` by name.
+
+    Args:
+        distiller: the student, its teacher and the objective.
+        args: see ``transformers.TrainingArguments``.
+        train_dataset, eval_dataset: rows of token ids, see `DistillationCollator`.
+        processing_class: the student's tokenizer; saved with every checkpoint.
+        data_collator: None is a `DistillationCollator` of `processing_class`.
+        optimizer: None is what `args` says.
+        **options: further arguments of ``transformers.Trainer`` (``compute_metrics``, ``callbacks``, ...).
+
+    Raises:
+        ValueError: label smoothing (the objective decides about the loss), or several GPUs in one process
+            (``torch.nn.DataParallel``, which knows nothing of the teacher).
+    """
+
+    model: Distiller
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(distiller, Distiller):
+            _fail("DistillationTrainer", f"distiller must be a Distiller, got {type(distiller).__name__}", TypeError)
+        if args is None:
+            args = TrainingArguments(output_dir="trainer_output")
+        if args.label_smoothing_factor:
+            _fail(
+                "DistillationTrainer",
+                f"label_smoothing_factor must be 0, the objective decides about the loss; got {args.label_smoothing_factor}",
+            )
+        if args.n_gpu > 1:
+            _fail(
+                "DistillationTrainer",
+                f"one process must use one GPU, got {args.n_gpu}; start with torchrun --nproc-per-node {args.n_gpu}, or "
+                "set CUDA_VISIBLE_DEVICES=0",
+            )
+        if data_collator is None:
+            if processing_class is None:
+                _fail("DistillationTrainer", "needs processing_class (the student's tokenizer) or data_collator, got neither")
+            data_collator = DistillationCollator(processing_class)
+        self.distiller = distiller
+        self._part_sums: dict[str, Tensor] = {}
+        self._parts_since = 0
+        super().__init__(
+            model=distiller,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            optimizer_cls_and_kwargs=None if optimizer is None else optimizer.resolve(args),
+            **options,
+        )
+
+    # ---- training step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Collect the micro-batches of one step, and count what each term's mean runs over in all of them: ``[K]``."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        items = sum(self.distiller.objective.count_items(batch) for batch in batches).to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            items = self.accelerator.reduce(items, reduction="sum")
+        # A step without any valid item has loss 0, not 0 / 0.
+        return batches, items.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective on one micro-batch; its parts are added up for the logs, on the device."""
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if outputs.get("parts") is not None:
+            self._add_parts(outputs["parts"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_parts(self, parts: Mapping[str, Tensor]) -> None:
+        if not self._part_sums:
+            self._parts_since = self.state.global_step
+        for name, value in parts.items():
+            if name in self._part_sums:
+                self._part_sums[name] += value
+            else:
+                self._part_sums[name] = value.clone()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss to the training logs: mean over the optimizer steps since the last time."""
+        if "loss" in logs and self._part_sums:
+            # The only transfer to the host in a logging window.
+            sums = torch.stack([value.float() for value in self._part_sums.values()])
+            if self.args.world_size > 1:
+                # With common denominators the parts of the processes add up, without they are means.
+                common = self.args.average_tokens_across_devices
+                sums = self.accelerator.reduce(sums, reduction="sum" if common else "mean")
+            steps = max(1, self.state.global_step - self._parts_since)
+            means = (sums / steps).tolist()
+            logs.update({f"loss_{name}": value for name, value in zip(self._part_sums, means, strict=True)})
+            self._part_sums = {}
+        super().log(logs, start_time)
+
+    # ---- evaluation: the student alone
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """One evaluation step of the student; teacher inputs and recorded logits of the batch are not looked at."""
+        student_inputs = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
+        return super().prediction_step(
+            model, {**student_inputs, "student_only": True}, prediction_loss_only, ignore_keys=ignore_keys
+        )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate without advancing the random stream, so that how often one looks does not change what is trained."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluation_loop(*args, **kwargs)
+
+    # ---- data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = sorted(self.distiller.batch_keys)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or dataset is None or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _EpochLengthSampler(size, self._lengths(dataset), seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        # With group_by_length the base class shuffles here too, and predictions no longer follow the rows.
+        if self.args.world_size <= 1 and hasattr(eval_dataset, "__len__"):
+            return SequentialSampler(eval_dataset)
+        return None
+
+    def _lengths(self, dataset: Any) -> list[int]:
+        """Tokens of each row: the column ``args.length_column_name`` where there is one, otherwise counted."""
+        column = self.args.length_column_name
+        for source in (dataset, self.train_dataset):
+            if column in getattr(source, "column_names", ()) and len(source) == len(dataset):
+                return [int(length) for length in source[column]]
+        return row_lengths(dataset)
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See ``transformers.Trainer.train``; True resumes from the last checkpoint that was completely written."""
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            if found is None:
+                _fail("DistillationTrainer", f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint")
+            resume_from_checkpoint = str(found)
+        self._part_sums = {}
+        # The base class seeds when it is made; whatever drew random numbers since then must not decide the run.
+        set_seed(self.args.seed)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        student_state = None
+        objective_state = self.distiller.objective.state_dict()
+        if state_dict is not None:
+            # Collected from a sharded model: the state of the whole distiller.
+            student_state = _under(state_dict, STUDENT_PREFIX)
+            objective_state = _under(state_dict, "objective.")
+        self.distiller.student.save_pretrained(folder, state_dict=student_state)
+        if objective_state:
+            _save_tensors(objective_state, folder / OBJECTIVE_WEIGHTS)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGUMENTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_student(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        best = self.state.best_model_checkpoint
+        logger.info(f"Loading the best student from {best} (score: {self.state.best_metric}).")
+        self._load_student(Path(best))
+
+    def _load_student(self, folder: Path) -> None:
+        # Read as a user would read it, which undoes whatever renaming, sharding or tying save_pretrained applied; the
+        # base class matches names loosely and would leave the student untouched without a word.
+        student = self.distiller.student
+        with torch.random.fork_rng(devices=[]):
+            loaded = type(student).from_pretrained(folder, config=student.config, dtype=student.dtype)
+        student.load_state_dict(loaded.state_dict())
+        if self.distiller.objective.state_dict():
+            from safetensors.torch import load_file
+
+            self.distiller.objective.load_state_dict(load_file(folder / OBJECTIVE_WEIGHTS))
+
+
+class _EpochLengthSampler(LengthGroupedSampler):
+    """Length grouping whose order depends on the seed and the epoch alone, so that a resumed epoch is the same one."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def row_lengths(dataset: Any) -> list[int]:
+    """Tokens of each row: the sum over its ``input_ids`` and ``<prefix>_input_ids``, the teacher's excepted.
+
+    Raises:
+        ValueError: the rows have no token ids.
+    """
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    columns = [name for name in columns if name.endswith("input_ids") and not name.startswith(TEACHER_PREFIX)]
+    if not columns:
+        _fail("DistillationTrainer", "grouping by length needs rows with input_ids; tokenize the data first")
+    if hasattr(dataset, "with_format"):
+        import pyarrow.compute as pc
+
+        table = dataset.select_columns(columns).with_format("arrow")[:]
+        counts = [pc.list_value_length(table.column(name)).to_numpy() for name in columns]
+        return np.sum(counts, axis=0).tolist()
+    return [sum(len(row[name]) for name in columns) for row in dataset]
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The last checkpoint under `folder` that was completely written, None if there is none.
+
+    The trainer's state is the last file of a checkpoint, so a process that was killed while writing one leaves it missing
+    or cut off.
+    """
+    found: dict[int, Path] = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if step and path.is_dir():
+            found[int(step.group(1))] = path
+    for _, path in sorted(found.items(), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning(f"{path} was not completely written and is passed over.")
+            continue
+        return path
+    return None
+
+
+class DistillationCollator:
+    """Rows of token ids -> padded tensors.
+
+    Sequences come in groups of one length: ``input_ids`` with ``attention_mask`` and ``token_type_ids``, the same with the
+    prefix ``pair_`` (the second sentence of a siamese student) and with ``teacher_`` (a teacher that has its own
+    tokenizer). A missing attention mask is made. ``labels`` and ``teacher_logits [C]`` are stacked; every other column
+    is left out.
+
+    Args:
+        tokenizer: the student's; gives padding value and side.
+        teacher_tokenizer: None where no ``teacher_input_ids`` occur.
+        pad_to_multiple_of: round the padded length up, for GPUs that like it.
+
+    Raises:
+        ValueError: rows that do not have the same columns, or a tokenizer without a padding token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.teacher_tokenizer = teacher_tokenizer
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        for prefix in ("", "pair_", TEACHER_PREFIX):
+            if f"{prefix}input_ids" in rows[0]:
+                tokenizer = self.teacher_tokenizer if prefix == TEACHER_PREFIX else self.tokenizer
+                if tokenizer is None:
+                    _fail("DistillationCollator", "the rows have teacher_input_ids; pass teacher_tokenizer to pad them")
+                self._pad(rows, prefix, tokenizer, batch)
+        if RECORDED_LOGITS in rows[0]:
+            logits = np.stack(_column(rows, RECORDED_LOGITS))
+            batch[RECORDED_LOGITS] = torch.from_numpy(logits.astype(np.float32))
+        if "labels" in rows[0]:
+            batch["labels"] = torch.from_numpy(np.stack(_column(rows, "labels")))
+            if batch["labels"].is_floating_point():
+                batch["labels"] = batch["labels"].float()
+        return batch
+
+    def _pad(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prefix: str,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: dict[str, Tensor],
+    ) -> None:
+        if tokenizer.pad_token_id is None:
+            _fail("DistillationCollator", "the tokenizer has no padding token; set tokenizer.pad_token first")
+        sequences = _column(rows, f"{prefix}input_ids")
+        lengths = [len(sequence) for sequence in sequences]
+        multiple = self.pad_to_multiple_of
+        width = -(-max(1, *lengths) // multiple) * multiple
+        left = tokenizer.padding_side == "left"
+        spans = [slice(width - n, width) if left else slice(0, n) for n in lengths]
+
+        def padded(values: Sequence[Any], fill: int) -> Tensor:
+            out = np.full((len(rows), width), fill, dtype=np.int64)
+            for row, (span, value) in enumerate(zip(spans, values, strict=True)):
+                out[row, span] = value
+            return torch.from_numpy(out)
+
+        batch[f"{prefix}input_ids"] = padded(sequences, int(tokenizer.pad_token_id))
+        mask = f"{prefix}attention_mask"
+        batch[mask] = padded(_column(rows, mask) if mask in rows[0] else [1] * len(rows), 0)
+        types = f"{prefix}token_type_ids"
+        if types in rows[0]:
+            batch[types] = padded(_column(rows, types), int(getattr(tokenizer, "pad_token_type_id", 0)))
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[np.ndarray]:
+    try:
+        return [np.asarray(row[name]) for row in rows]
+    except KeyError:
+        _fail("DistillationCollator", f"some rows of the batch have {name!r} and others have not")
+
+
+def _under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def _fail(where: str, message: str, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{where}: {message}")

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One LossCase per loss: what the tests need to know to drive it forward, backward and against float64.
+
+A new loss adds one LossCase here and one test module beside this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydistill import _dispatch
+from pydistill.losses import soft_target
+
+Tensors = dict[str, Tensor]
+Keywords = Mapping[str, Any]
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+IMPLEMENTATIONS = [name for name in ("cpp",) if _dispatch.backends("soft_target")[name].available] + [
+    "reference"
+]
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A loss under test.
+
+    Attributes:
+        loss: the public function, taking the tensors by name, `impl` and the keywords of a variant.
+        reference: the specification, with the same arguments less `impl`.
+        differentiable: names of the tensors that receive a gradient.
+        inputs: (shape, dtype, seed=, scale=) -> all tensors by argument name, optional ones included.
+        variants: name -> keywords. The key "tensors" lists the optional tensors that the variant is given.
+    """
+
+    name: str
+    loss: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    differentiable: tuple[str, ...]
+    inputs: Callable[..., Tensors]
+    variants: Mapping[str, Keywords]
+    optional: tuple[str, ...] = ()
+
+    def select(self, tensors: Tensors, variant: str) -> tuple[Tensors, dict[str, Any]]:
+        """The tensors that `variant` takes, and its keywords."""
+        keywords = dict(self.variants[variant])
+        wanted = keywords.pop("tensors", ())
+        return {
+            key: value for key, value in tensors.items() if key not in self.optional or key in wanted
+        }, keywords
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one forward and backward gave."""
+
+    value: Tensor
+    gradients: Tensors
+
+
+def run(
+    loss: Callable[..., Tensor], tensors: Tensors, keywords: Keywords, differentiable: Sequence[str]
+) -> Outcome:
+    """Forward and backward.
+
+    The incoming gradient is not 1, and differs by row for a loss without reduction. It consists of powers of
+    two, by which a gradient in low precision can be multiplied without another rounding.
+    """
+    leaves = {key: tensors[key].detach().requires_grad_() for key in differentiable}
+    arguments = {**tensors, **leaves}
+    if keywords.get("inplace"):
+        # Leaves cannot be overwritten; clone() is an operation that does not need its output again.
+        arguments = {**tensors, **{key: leaf.clone() for key, leaf in leaves.items()}}
+    value = loss(**arguments, **keywords)
+    incoming = 2.0 ** (torch.arange(value.numel(), dtype=value.dtype) % 3 - 1).view_as(value)
+    gradients = torch.autograd.grad(value, list(leaves.values()), incoming)
+    return Outcome(value.detach(), dict(zip(leaves, gradients, strict=True)))
+
+
+def truth(case: LossCase, tensors: Tensors, keywords: Keywords) -> Outcome:
+    """The reference in float64, on the same (rounded) inputs."""
+    exact = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+    return run(case.reference, exact, keywords, case.differentiable)
+
+
+def assert_within_budget(found: Outcome, reference: Outcome, exact: Outcome, *, floor: float = 0.0) -> None:
+    """`|found - exact| <= |reference - exact| + small`, for the value and for each gradient.
+
+    The reference has the same input dtype. `small` is a few roundings of the result, and for gradients an
+    eighth of the rounding of 1, because a softmax that saturates leaves only rounding. `floor` is for values
+    that are small differences of large numbers. An fp16 gradient may be rounded once more: the division by
+    the number of rows is left to backward, where a loss scaler keeps the quotient in range. Errors are judged
+    by the worst element, and by their 2-norm, so that a bias of many small errors cannot hide behind one
+    large rounding.
+    """
+    _assert_closer("value", found.value, reference.value, exact.value, floor, 0.0)
+    for key, gradient in exact.gradients.items():
+        mine = found.gradients[key]
+        assert mine.dtype == reference.gradients[key].dtype
+        assert mine.shape == gradient.shape
+        lowest = floor + (1e-17 if mine.dtype == torch.float64 else 1.5e-8)
+        again = torch.finfo(torch.float16).eps / 2 if mine.dtype == torch.float16 else 0.0
+        _assert_closer(f"gradient of {key}", mine, reference.gradients[key], gradient, lowest, again)
+
+
+def _assert_closer(
+    what: str, found: Tensor, reference: Tensor, exact: Tensor, floor: float, rounding: float
+) -> None:
+    relative = rounding + (1e-13 if found.dtype == torch.float64 else 1e-6)
+    # Infinite entries (a KL without common support) have no distance: they must be the same.
+    finite = exact.isfinite()
+    torch.testing.assert_close(found.double()[~finite], exact[~finite], equal_nan=True)
+    found, reference, exact = (tensor.double()[finite] for tensor in (found, reference, exact))
+    if exact.numel() == 0:
+        return
+    assert bool(found.isfinite().all()), f"{what}: not finite where the truth is"
+    for name, size in (("worst error", lambda x: x.abs().max()), ("norm of errors", lambda x: x.norm())):
+        error, allowed = size(found - exact), size(reference - exact)
+        small = relative * size(exact) + floor * (1 if name == "worst error" else exact.numel() ** 0.5)
+        assert error <= 1.02 * allowed + small, (
+            f"{what}: {name} {error:.3e}, reference {allowed:.3e} + {small:.3e}"
+        )
+
+
+def soft_target_inputs(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, *, seed: int = 0, scale: float = 3.0
+) -> Tensors:
+    """Normal logits of the given scale; about one row in five is masked and one in five has an ignored
+    label."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, classes = shape
+    student = torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(scale).to(dtype)
+    teacher = torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(scale).to(dtype)
+    labels = torch.randint(classes, rows, generator=generator)
+    labels = labels.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100)
+    mask = torch.rand(rows, generator=generator) > 0.2
+    return {"student_logits": student, "teacher_logits": teacher, "labels": labels, "mask": mask}
+
+
+SOFT_TARGET = LossCase(
+    name="soft_target",
+    loss=soft_target.soft_target_loss,
+    reference=soft_target.soft_target_reference,
+    differentiable=("student_logits",),
+    inputs=soft_target_inputs,
+    optional=("labels", "mask"),
+    variants={
+        "forward_kl": {},
+        # At T = 1, 2 and 4 the soft and the hard part can share exponentials, at other temperatures not.
+        "forward_kl T=2": {"temperature": 2.0},
+        "forward_kl T=0.7": {"temperature": 0.7, "scale_by_temperature": False},
+        "kl+ce T=1": {"hard_weight": 0.3, "tensors": ("labels",)},
+        "kl+ce T=2": {"temperature": 2.0, "hard_weight": 0.5, "tensors": ("labels", "mask")},
+        "kl+ce T=3": {"temperature": 3.0, "hard_weight": 0.3, "tensors": ("labels",)},
+        "kl+ce T=4": {"temperature": 4.0, "hard_weight": 0.7, "tensors": ("labels",)},
+        "ce alone": {"hard_weight": 1.0, "tensors": ("labels",)},
+        "reverse_kl": {"divergence": "reverse_kl", "tensors": ("mask",)},
+        "reverse_kl+ce T=2": {
+            "divergence": "reverse_kl", "temperature": 2.0, "hard_weight": 0.5, "tensors": ("labels",)
+        },
+        "jsd": {"divergence": "jsd"},
+        "jsd 0.1 T=2": {"divergence": "jsd", "jsd_beta": 0.1, "temperature": 2.0, "tensors": ("mask",)},
+        "jsd 0.9+ce": {"divergence": "jsd", "jsd_beta": 0.9, "hard_weight": 0.4, "tensors": ("labels",)},
+        "jsd 0": {"divergence": "jsd", "jsd_beta": 0.0},
+        "jsd 1": {"divergence": "jsd", "jsd_beta": 1.0},
+        "mse": {"divergence": "mse"},
+        "mse+ce": {"divergence": "mse", "hard_weight": 0.5, "tensors": ("labels", "mask")},
+        "cross_entropy": {"divergence": "cross_entropy", "tensors": ("mask",)},
+        "cross_entropy+ce T=2": {
+            "divergence": "cross_entropy", "temperature": 2.0, "hard_weight": 0.5, "tensors": ("labels",)
+        },
+        "sum": {"reduction": "sum", "tensors": ("mask",)},
+        "none": {"reduction": "none", "hard_weight": 0.5, "temperature": 2.0, "tensors": ("labels", "mask")},
+        "num_items": {"num_items": 37, "tensors": ("mask",)},
+        "num_items tensor": {"num_items": torch.tensor(5.5), "tensors": ("mask",)},
+    },
+)  # fmt: skip
+
+CASES = [SOFT_TARGET]

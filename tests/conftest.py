@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: no network, and memory that shows when nobody wrote to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before any test module imports a library that reads them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "numerics: values and gradients of a kernel; run again for every instruction set and without kernels",
+    )
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor that torch allocates without a value, in Python or C++, is filled with NaN (or the largest
+    integer)."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """Puts torch's thread count back after a test that changes it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

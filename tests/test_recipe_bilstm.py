@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe from end to end on made-up sentences: what a run leaves, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import load_from_disk
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+import pydistill.students  # noqa: F401 (registers the student with AutoModel)
+from pydistill.config import UserError
+from pydistill.plan import PlanError, plan
+from pydistill.recipes import run
+from pydistill.recipes.bilstm import classification_metrics
+
+GOOD, BAD = ["fine", "lovely", "great", "warm"], ["dull", "awful", "cold", "bad"]
+NEUTRAL = ["the", "film", "is", "a", "very", "story", "with", "music", "and", "plot"]
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, str]]:
+    """Neutral words around one good or bad word, which decides the label."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        words = draw.choices(NEUTRAL, k=draw.randint(3, 9))
+        words.insert(draw.randrange(len(words)), draw.choice(GOOD if number % 2 else BAD))
+        rows.append((" ".join(words), "good" if number % 2 else "bad"))
+    return rows
+
+
+def write_table(path: Path, header: list[str], rows: list[tuple[str, ...]]) -> str:
+    path.write_text("\n".join("\t".join(row) for row in [tuple(header), *rows]) + "\n")
+    return str(path)
+
+
+def make_teacher(folder: Path, *, classes: int = 2, labels: list[str] | None = None) -> str:
+    """A BERT of one layer with a WordPiece vocabulary of the sentences' words, not trained yet."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertTokenizerFast
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NEUTRAL, *GOOD, *BAD]
+    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(folder)
+    names = labels or [f"LABEL_{index}" for index in range(classes)]
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a teacher, and a finished run of two arms that the tests look at."""
+    folder = tmp_path_factory.mktemp("recipe")
+    write_table(folder / "train.tsv", ["sentence", "label"], sentences(240, seed=1))
+    write_table(folder / "dev.tsv", ["sentence", "label"], sentences(60, seed=2))
+    write_table(folder / "test.tsv", ["sentence", "label"], sentences(80, seed=3))
+    make_teacher(folder / "bert")
+    run("bilstm", settings(folder, folder / "run"))
+    return folder
+
+
+def settings(folder: Path, output: Path, **more: Any) -> dict[str, Any]:
+    keys = {
+        "output": str(output),
+        "data.train": str(folder / "train.tsv"),
+        "data.dev": str(folder / "dev.tsv"),
+        "data.test": str(folder / "test.tsv"),
+        "teacher.model": str(folder / "bert"),
+        "teacher.max_length": 32,
+        "teacher.fine_tune": {"learning_rate": 3e-3, "max_steps": 60, "eval_strategy": "no", "per_device_train_batch_size": 16},
+        "student.hidden_size": 8,
+        "student.classifier_size": 8,
+        "augment.n_iter": 3,
+        "seeds": [1, 2],
+        "optimizer.name": "adamw",
+        "train.learning_rate": 1e-2,
+        "train.per_device_train_batch_size": 16,
+        "train.num_train_epochs": 4,
+        "train.logging_steps": 5,
+        "train_per_arm": {"augmented": {"num_train_epochs": 2}},
+    }
+    return keys | {key.replace("__", "."): value for key, value in more.items()}
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_finished_run_leaves_everything(shared: Path) -> None:
+    output = shared / "run"
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"teacher", "students", "transfer", "metrics.json", "config.yaml", "report.html"}
+    assert names >= {"comparison.png", "curves.png"} and "work" not in names
+    results = results_of(output)
+    assert [model["name"] for model in results["models"]] == ["teacher", "hard", "distilled", "augmented"]
+    assert [run["seed"] for run in results["models"][1]["runs"]] == [1, 2]
+    assert results["split"] == "test" and results["task"]["test"] == 80
+    for model in results["models"]:
+        assert all(run["test"]["accuracy"] > 0.9 for run in model["runs"])
+        assert model["sentences_per_second"] > 0 and model["file_bytes"] > 0
+    for model in results["models"][1:]:
+        assert all("loss" in run["curve"][0] for run in model["runs"])
+
+
+def test_students_load_through_auto_classes_and_score_as_reported(shared: Path) -> None:
+    folder = shared / "run" / "students" / "distilled-seed2"
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    rows = sentences(80, seed=3)
+    with torch.no_grad():
+        inputs = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+        answers = model(inputs["input_ids"], inputs["attention_mask"]).logits.argmax(-1)
+    accuracy = np.mean([model.config.id2label[int(a)] == label for a, (_, label) in zip(answers, rows, strict=True)])
+    reported = results_of(shared / "run")["models"][2]["runs"][1]["test"]["accuracy"]
+    assert accuracy == pytest.approx(reported)
+    assert (folder / "README.md").read_text().count("distilled, seed 2") == 1
+
+
+def test_reported_parameters_are_those_of_the_paper_s_formula(shared: Path) -> None:
+    student = results_of(shared / "run")["models"][1]
+    hidden, classifier, width = 8, 8, 64  # two channels of the teacher's 32
+    lstm = 2 * 4 * hidden * (width + hidden + 2)
+    assert student["parameters_without_embeddings"] == lstm + (2 * hidden + 1) * classifier + (classifier + 1) * 2
+    tokenizer = AutoTokenizer.from_pretrained(shared / "run" / "students" / "hard-seed1")
+    assert student["parameters"] - student["parameters_without_embeddings"] == width * len(tokenizer)
+
+
+def test_transfer_set_uses_true_labels_and_the_teacher_s(shared: Path) -> None:
+    transfer = shared / "run" / "transfer"
+    augmented = load_from_disk(str(transfer / "augmented" / "rows"))
+    originals = {text for text, _ in sentences(240, seed=1)}
+    assert 240 < len(augmented) <= 3 * 240
+    assert not originals & set(augmented["sentence"][:])
+    recorded = load_from_disk(str(transfer / "augmented-logits" / "rows"))
+    assert len(recorded) == len(augmented)
+    teacher = AutoModelForSequenceClassification.from_pretrained(shared / "run" / "teacher").eval()
+    tokenizer = AutoTokenizer.from_pretrained(shared / "run" / "teacher")
+    for index in (0, len(augmented) // 2, len(augmented) - 1):
+        with torch.no_grad():
+            logits = teacher(**tokenizer(augmented[index]["sentence"], return_tensors="pt")).logits[0]
+        torch.testing.assert_close(torch.tensor(recorded[index]["teacher_logits"]), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_configuration_runs_again(shared: Path) -> None:
+    saved = yaml.safe_load((shared / "run" / "config.yaml").read_text())
+    assert saved["seeds"] == [1, 2] and saved["augment"]["p_mask"] == 0.1
+    planned = plan(shared / "run" / "config.yaml", {"output": str(shared / "elsewhere")})
+    assert planned.config.train == saved["train"]
+
+
+def test_resume_keeps_finished_stages_and_adds_what_is_new(
+    shared: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(shared / "run", output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    more = settings(shared, output, seeds=[1, 2, 3], arms=["hard"])
+    run("bilstm", more, resume=True)
+    printed = capsys.readouterr().out
+    assert "[students/hard-seed1] kept from before" in printed and "[students/hard-seed3] train" in printed
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [entry["seed"] for entry in results_of(output)["models"][1]["runs"]] == [1, 2, 3]
+
+
+def test_interrupted_stage_is_not_taken_for_finished(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    keys = settings(shared, output, seeds=[1], arms=["distilled"])
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pydistill.students.bilstm.BiLSTMForSequenceClassification.save_pretrained", die)
+        with pytest.raises(KeyboardInterrupt):
+            run("bilstm", keys)
+    assert (output / "teacher" / "stage.json").is_file()
+    assert not (output / "students").exists()
+    with pytest.raises(PlanError, match="already holds a run; add --resume or --overwrite"):
+        run("bilstm", keys)
+    run("bilstm", keys, resume=True)
+    assert (output / "students" / "distilled-seed1" / "model.safetensors").is_file()
+
+
+def test_training_continues_from_its_checkpoint_to_the_same_student(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import DefaultFlowCallback
+
+    class Stop(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.epoch and state.epoch >= 1:
+                raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    keys = settings(shared, output, teacher__fine_tune=None, seeds=[2], arms=["distilled"])
+    keys["teacher.model"] = str(shared / "run" / "teacher")
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [DefaultFlowCallback, Stop])
+        with pytest.raises(KeyboardInterrupt):
+            run("bilstm", keys)
+    assert list((output / "work" / "students-distilled-seed2").glob("checkpoint-*"))
+    run("bilstm", keys, resume=True)
+    continued = load_file(output / "students" / "distilled-seed2" / "model.safetensors")
+    straight = load_file(shared / "run" / "students" / "distilled-seed2" / "model.safetensors")
+    assert continued.keys() == straight.keys()
+    assert all(torch.equal(continued[name], straight[name]) for name in straight)
+
+
+def test_overwrite_replaces_the_run_and_spares_other_files(shared: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(shared / "run", output)
+    (output / "notes.txt").write_text("mine")
+    run("bilstm", settings(shared, output, seeds=[7], arms=["hard"]), overwrite=True)
+    assert {path.name for path in (output / "students").iterdir()} == {"hard-seed7"}
+    assert not (output / "transfer").exists()
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_pairs_and_other_divergence(shared: Path, tmp_path: Path) -> None:
+    texts = [text for text, _ in sentences(160, seed=4)]
+    labels = [label for _, label in sentences(160, seed=4)]
+    # Sentence n is good when n is odd: the reversed second half alternates the other way.
+    halves = zip(texts[:80], texts[80:], labels[:80], reversed(labels[80:]), strict=True)
+    rows = [(first, second, str(int(a == b or number % 3 == 0))) for number, (first, second, a, b) in enumerate(halves)]
+    train = write_table(tmp_path / "pairs.tsv", ["q1", "q2", "label"], rows)
+    keys = settings(
+        shared,
+        tmp_path / "run",
+        data__train=train,
+        data__dev=train,
+        data__test=None,
+        data__text_columns=["q1", "q2"],
+        data__labels=["different", "same"],
+        objective__divergence="forward_kl",
+        objective__temperature=2.0,
+        objective__hard_weight=0.3,
+        optimizer__name="adadelta",
+        seeds=[1],
+        arms=["augmented"],
+    )
+    keys["train.learning_rate"] = 1.0
+    keys["teacher.fine_tune"] = {"max_steps": 5}
+    results = run("bilstm", keys)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "students" / "augmented-seed1")
+    assert model.config.pair and model.config.id2label == {0: "different", 1: "same"}
+    assert results["split"] == "dev" and any("also selects" in note for note in results["task"]["notes"])
+
+
+def test_given_teacher_is_used_as_it_is(shared: Path, tmp_path: Path) -> None:
+    keys = settings(shared, tmp_path / "run", teacher__fine_tune=None, seeds=[1], arms=["distilled"])
+    keys["teacher.model"] = str(shared / "run" / "teacher")
+    results = run("bilstm", keys)
+    assert not (tmp_path / "run" / "teacher").exists()
+    expected = results_of(shared / "run")["models"][0]["runs"][0]["test"]
+    assert results["models"][0]["runs"][0]["test"] == expected
+
+
+def test_recorded_logits_can_be_shared_between_runs(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = settings(shared, tmp_path / "run", teacher__fine_tune=None, seeds=[1], arms=["distilled"])
+    keys |= {"teacher.model": str(shared / "run" / "teacher"), "teacher.logits_folder": str(tmp_path / "logits")}
+    run("bilstm", keys | {"output": str(tmp_path / "one")})
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the teacher was asked again")
+
+    monkeypatch.setattr("pydistill.teachers._label", refuse)
+    run("bilstm", keys | {"output": str(tmp_path / "two"), "objective.hard_weight": 0.5})
+
+
+def test_metrics_against_hand_counts() -> None:
+    labels, answers = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 0, 1])
+    found = classification_metrics(answers, labels, 2)
+    assert found["accuracy"] == pytest.approx(3 / 5)
+    assert found["f1"] == pytest.approx(2 * 2 / (3 + 3))
+    assert found["matthews"] == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
+    assert classification_metrics(np.zeros(3, int), np.zeros(3, int), 2)["matthews"] == 0.0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
+def test_metrics_against_scikit_learn(metric: str) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    draw = np.random.default_rng(0)
+    for classes in (2, 4):
+        labels, answers = draw.integers(classes, size=200), draw.integers(classes, size=200)
+        expected = {
+            "accuracy": sklearn.accuracy_score(labels, answers),
+            "f1": sklearn.f1_score(labels, answers, average="binary" if classes == 2 else "macro"),
+            "matthews": sklearn.matthews_corrcoef(labels, answers),
+        }
+        assert classification_metrics(answers, labels, classes)[metric] == pytest.approx(expected[metric])
+
+
+def test_unknown_recipe_key_is_refused(shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="recipe: must be one of bilstm, got 'bilstmm'"):
+        run("bilstm", settings(shared, tmp_path, recipe="bilstmm"))
