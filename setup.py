@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel: drives CMakeLists.txt with ninja and ships kernels/ as pydistill.kernels.
 
-PYDISTILL_NATIVE=0 leaves the native code out (a pure-Python wheel, the eager reference does the work).
-CMAKE_BUILD_PARALLEL_LEVEL limits the parallel compilers. Nothing here reads the network or looks for a GPU.
+Environment: PYDISTILL_NATIVE=0 leaves the native code out (a pure-Python wheel; the eager reference does the work).
+CMake's own variables work too, e.g. CMAKE_BUILD_TYPE=Debug or CMAKE_BUILD_PARALLEL_LEVEL=1. Nothing here reads the
+network or looks for a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import metadata
+import sysconfig
+from importlib import import_module, metadata
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -21,29 +23,28 @@ OLDEST_TORCH = (2, 10)
 
 
 class CMakeBuild(build_ext):
-    """Builds pydistill._C, the one extension, by CMake."""
+    """Builds pydistill._C, the one extension, with CMake."""
 
     def build_extension(self, ext: Extension) -> None:
         check_torch()
-        # The folder of the finished module: the package itself in an editable install, the wheel's tree otherwise.
+        # One folder of object files per Python, whatever is being built: an editable install after a wheel only links.
+        work = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+        # Where setuptools looks for the finished module, to put it into the wheel or, editable, beside the sources.
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        work = Path(self.build_temp).resolve()
-        output.mkdir(parents=True, exist_ok=True)
-        work.mkdir(parents=True, exist_ok=True)
         configure = [
             *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(work)),
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYDISTILL_VERSION={self.distribution.get_version()}",
         ]
+        environment = {**os.environ, "PATH": os.pathsep.join([*tool_folders(), os.environ.get("PATH", "")])}
         try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(work)], check=True)
+            subprocess.run(configure, check=True, env=environment)
+            subprocess.run(["cmake", "--build", str(work)], check=True, env=environment)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
-                f"pydistill: the native build failed ({error}). It needs a C++20 compiler (g++ >= 11 or clang >= 14) and the "
-                "Python headers; the compiler's own message is above. PYDISTILL_NATIVE=0 installs without native code."
+                f"pydistill: the native build failed ({error}). It needs cmake, ninja, pybind11 and a C++20 compiler; "
+                "what went wrong stands above. PYDISTILL_NATIVE=0 installs without native code."
             ) from error
 
 
@@ -53,11 +54,22 @@ def check_torch() -> None:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError as error:
         raise SystemExit(
-            "pydistill: building the native code needs torch in this environment: "
-            "pip install 'torch>=2.10' setuptools pybind11 cmake ninja, then pip install --no-build-isolation ."
+            "pydistill: the native build needs torch in this environment: "
+            "pip install 'torch>=2.10' setuptools wheel pybind11 cmake ninja, then pip install --no-build-isolation ."
         ) from error
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        raise SystemExit(f"pydistill: the native code needs torch >= 2.10, got {version}: pip install 'torch>=2.10'")
+        raise SystemExit(f"pydistill: the native build needs torch >= 2.10, got {version}: pip install 'torch>=2.10'")
+
+
+def tool_folders() -> list[str]:
+    """This Python's cmake and ninja: its environment need not be activated, and the system's may be too old."""
+    folders = []
+    for package, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
+        try:
+            folders.append(getattr(import_module(package), attribute))
+        except ImportError:
+            continue
+    return folders
 
 
 native = os.environ.get("PYDISTILL_NATIVE", "1")

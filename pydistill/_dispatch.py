@@ -40,15 +40,16 @@ def _load_native() -> tuple[ModuleType | None, str]:
 native, native_reason = _load_native()
 
 
-@cache
-def backends(loss: str) -> dict[str, Backend]:
-    """Which implementations of `loss` this installation has, with the reason for each that is missing."""
-    return {
+# Which implementations of each loss this installation has, with the reason for each that is missing.
+BACKENDS: dict[str, dict[str, Backend]] = {
+    "soft_target": {
         "reference": Backend(True, "eager PyTorch, any device"),
         "cpp": Backend(native is not None, native_reason),
         "cuda": Backend(False, "this version has no CUDA kernel for this loss"),
         "triton": Backend(False, "this version has no Triton kernel for this loss"),
     }
+}
+PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 
 @cache
@@ -71,8 +72,8 @@ def resolve(loss: str, device: torch.device, impl: str = "auto") -> str:
         raise ValueError(f"{loss}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "reference":
         return impl
-    available = backends(loss)
-    preferred = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}.get(device.type, ())
+    available = BACKENDS[loss]
+    preferred = PREFERRED.get(device.type, ())
     if impl == "auto":
         for name in preferred:
             if available[name].available:
@@ -117,9 +118,9 @@ def environment() -> dict[str, Any]:
         report["instruction set chosen"] = native.isa()
         report["CUDA architectures compiled"] = ", ".join(native.cuda_architectures()) or "none"
     report["CUDA device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    for loss in ("soft_target",):
-        for name, backend in backends(loss).items():
+    for loss, available in BACKENDS.items():
+        for name, backend in available.items():
             report[f"{loss}: {name}"] = ("yes: " if backend.available else "no: ") + backend.reason
-        report[f"{loss}: auto on cpu"] = "cpp" if backends(loss)["cpp"].available else "reference"
+        report[f"{loss}: auto on cpu"] = "cpp" if available["cpp"].available else "reference"
     report["executable"] = sys.executable
     return report

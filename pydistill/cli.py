@@ -208,17 +208,17 @@ def predict_command(words: list[str]) -> int:
     parser.add_argument("texts", nargs="*", help="one per word; - or none: one per line of standard input")
     parser.add_argument("--pair", action="store_true", help="texts two by two (on standard input: tab separated)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens kept per text (default: %(default)s)")
-    options = parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
     if options.max_length < 1:
         raise UserError(f"predict: --max-length must be at least 1, got {options.max_length}")
     _silence_transformers()
-    from pydistill.inference import load_classifier, predict_logits
+    from pydistill.inference import class_names, load_classifier, predict_logits
 
     model, tokenizer = load_classifier(options.model)
     pair = options.pair or getattr(model.config, "pair", False)
     rows = _rows(options.texts, pair)
     probabilities = predict_logits(model, tokenizer, rows, options.max_length).softmax(-1)
-    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    names = class_names(model.config)
     width = max(map(len, names))
     for row, values in zip(rows, probabilities, strict=True):
         best = int(values.argmax())
@@ -229,7 +229,7 @@ def predict_command(words: list[str]) -> int:
 def _rows(texts: list[str], pair: bool) -> list[tuple[str, ...]]:
     if not texts or texts == ["-"]:
         lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        rows = [tuple(line.split("\t")) for line in lines] if pair else [(line,) for line in lines]
+        rows: list[tuple[str, ...]] = [tuple(line.split("\t")) if pair else (line,) for line in lines]
         for number, row in enumerate(rows, 1):
             if pair and len(row) != 2:
                 raise UserError(f"predict: line {number} must hold two texts with a tab between them, got {len(row)}")

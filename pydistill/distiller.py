@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""START HERE: one distillation step as one module, batch -> teacher and student forward -> signals -> weighted sum."""
+"""START HERE: one distillation step as one module: batch -> teacher and student -> signals -> weighted sum."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ class DistillerOutput(ModelOutput):
 class Distiller(nn.Module):
     """Student, teacher and objective as one module, whose forward is the whole training step.
 
-    Data parallelism, sharding and mixed precision wrap this module. Student and objective are submodules. The teacher
-    is not: it is in no state dict, no optimizer and no gradient bucket, ``train()`` does not reach it, and it keeps
-    its own dtype.
+    Data parallelism, sharding and mixed precision wrap this module. Student and objective are submodules. The
+    teacher
+    is not: it is in no state dict, no optimizer and no gradient bucket, ``train()`` does not reach it, and it
+        keeps its own dtype.
 
     Args:
         student: the model that learns.
-        teacher: a `Teacher` (`OnlineTeacher`, `RecordedTeacher`), a plain model (made an `OnlineTeacher`), or None
-            where no term of the objective reads a teacher.
+        teacher: a `Teacher` (`OnlineTeacher`, `RecordedTeacher`), a plain model (made an `OnlineTeacher`), or
+            None where no term of the objective reads a teacher.
         objective: an `Objective`, one term, or a sequence of terms.
 
     Raises:
-        ValueError: the objective reads what student or teacher cannot give, the teacher is missing, has another number
-            of labels than the student, or shares parameters with it.
+        ValueError: the objective reads what student or teacher cannot give, the teacher is missing, has
+            another number of labels than the student, or shares parameters with it.
 
     Example::
 
@@ -97,10 +98,10 @@ class Distiller(nn.Module):
         Args:
             labels: hard labels, for the terms that read them.
             num_items_in_batch: replaces the denominators of the objective's means, see `Objective.forward`.
-            student_only: run the student alone; the loss is then the student's own, for evaluation.
-            **batch: student inputs under their own names. Teacher inputs are the keys ``teacher_<input>`` where there
-                are any (a teacher with its own tokenizer), otherwise the student's; recorded teacher logits are
-                ``teacher_logits [B, C]``.
+            student_only: run the student alone; the loss is then the student's own, for evaluation. **batch:
+                student inputs under their own names. Teacher inputs are the keys ``teacher_<input>`` where
+                there are any (a teacher with its own tokenizer), otherwise the student's; recorded teacher
+                logits are ``teacher_logits [B, C]``.
 
         Returns:
             `DistillerOutput`.
@@ -125,7 +126,8 @@ class Distiller(nn.Module):
         if labels is not None:
             batch["labels"] = labels
         loss, parts = self.objective({"logits": logits}, teacher_signals, batch, num_items=num_items_in_batch)
-        # A term that works in place has written its gradient over the logits; that is not to be mistaken for them.
+        # A term that works in place has written its gradient over the logits; that is not to be mistaken for
+        # them.
         overwritten = logits._version != version
         return DistillerOutput(loss=loss, logits=None if overwritten else logits, parts=parts)
 
@@ -140,8 +142,8 @@ class Distiller(nn.Module):
             unknown = {name for name in unknown if not name.startswith(TEACHER_PREFIX)}
         if unknown:
             _fail(
-                f"the batch has {', '.join(sorted(unknown))}, which neither {type(self.student).__name__} nor the teacher "
-                f"reads; known keys: {', '.join(sorted(self.batch_keys))}"
+                f"the batch has {', '.join(sorted(unknown))}, which neither {type(self.student).__name__} nor the "
+                f"teacher reads; known keys: {', '.join(sorted(self.batch_keys))}"
             )
 
     def _check_signals(self) -> None:
@@ -152,12 +154,14 @@ class Distiller(nn.Module):
             return
         needed = self.objective.teacher_signals
         if self.teacher is None:
-            _fail(f"the objective reads {sorted(needed)} from a teacher, got teacher=None; pass one or drop those terms")
+            _fail(
+                f"the objective reads {sorted(needed)} from a teacher, got teacher=None; pass one or drop those terms"
+            )
         missing = needed - self.teacher.provides
         if missing:
             _fail(
-                f"the objective reads {sorted(missing)} from the teacher, and {type(self.teacher).__name__} gives "
-                f"{sorted(self.teacher.provides)}"
+                f"the objective reads {sorted(missing)} from the teacher, and "
+                f"{type(self.teacher).__name__} gives {sorted(self.teacher.provides)}"
             )
 
     def _check_teacher(self) -> None:
@@ -165,13 +169,16 @@ class Distiller(nn.Module):
             return
         student_parameters = {id(parameter) for parameter in self.student.parameters()}
         if any(id(parameter) in student_parameters for parameter in self.teacher.model.parameters()):
-            _fail("student and teacher share parameters, and the teacher's are frozen; pass copy.deepcopy(model) as teacher")
+            _fail(
+                "student and teacher share parameters, and the teacher's are frozen; pass copy.deepcopy(model) as "
+                "teacher"
+            )
         if "logits" in self.objective.teacher_signals:
             student_labels, teacher_labels = _num_labels(self.student), _num_labels(self.teacher.model)
             if student_labels != teacher_labels and None not in (student_labels, teacher_labels):
                 _fail(
-                    f"the student has {student_labels} labels and the teacher {teacher_labels}: their logits cannot be "
-                    "compared; load the student with the teacher's num_labels and label order"
+                    f"the student has {student_labels} labels and the teacher {teacher_labels}: their logits "
+                    "cannot be compared; load the student with the teacher's num_labels and label order"
                 )
 
 

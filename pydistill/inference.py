@@ -9,13 +9,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import pydistill.students  # noqa: F401 (registers the student architectures with AutoModel)
 from pydistill.config import UserError
 
 # Padded tokens per batch: large enough to fill two cores, small enough to stay in cache.
 BATCH_TOKENS = 4096
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """Return the names of a classifier's classes in the order of its logits."""
+    names: dict[int, str] = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    return [names[index] for index in sorted(names)]
 
 
 class ModelError(UserError):
@@ -61,7 +73,9 @@ def encode(
         return dict(tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt"))
     wanted = 2 if model.config.pair else 1
     if len(columns) != wanted:
-        raise ModelError(f"this model classifies {'pairs' if wanted == 2 else 'single texts'}, got rows of {len(columns)}")
+        raise ModelError(
+            f"this model classifies {'pairs' if wanted == 2 else 'single texts'}, got rows of {len(columns)}"
+        )
     inputs: dict[str, Tensor] = {}
     for prefix, column in zip(("", "pair_"), columns, strict=False):
         coded = tokenizer(column, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
@@ -80,12 +94,13 @@ def predict_logits(
 
     Rows of similar length share a batch, so that little of it is padding.
     """
+    classes = len(class_names(model.config))
     if not rows:
-        return torch.empty(0, model.config.num_labels)
+        return torch.empty(0, classes)
     # White-space words stand in for tokens: exact lengths would cost a second tokenization.
     lengths = [sum(len(text.split()) for text in row) for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
-    logits = torch.empty(len(rows), model.config.num_labels)
+    logits = torch.empty(len(rows), classes)
     position = 0
     with torch.inference_mode():
         while position < len(order):

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ class Objective(nn.Module):
 
     - ``name``: under which its value is logged; unique within the objective;
     - ``weight``: :math:`w_k`, finite and not negative;
-    - ``student_signals``, ``teacher_signals``: the names of the tensors it reads from either model, for instance
-      ``frozenset({"logits"})``;
+    - ``student_signals``, ``teacher_signals``: the names of the tensors it reads from either model, for
+      instance ``frozenset({"logits"})``;
     - ``forward(student, teacher, batch, num_items=None)``: its unweighted value, a 0-d tensor;
     - ``count_items(batch)``: how many items its mean runs over in this batch (a number or 0-d tensor).
 
@@ -31,8 +31,8 @@ class Objective(nn.Module):
 
     Raises:
         TypeError: a term lacks one of the above.
-        ValueError: no term, a repeated name, a weight that is negative or not finite, or a term that overwrites a
-            student signal (``inplace``) which another term reads too.
+        ValueError: no term, a repeated name, a weight that is negative or not finite, or a term that
+            overwrites a student signal (``inplace``) which another term reads too.
     """
 
     def __init__(self, terms: Sequence[nn.Module]) -> None:
@@ -45,7 +45,7 @@ class Objective(nn.Module):
         names = [str(term.name) for term in terms]
         for name in names:
             if names.count(name) > 1:
-                _fail(f"terms must have distinct names, got {name!r} {names.count(name)} times; pass name= to one")
+                _fail(f"terms must have distinct names, got {name!r} {names.count(name)} times; pass name=")
         for term in terms:
             _check_sole_reader(term, terms)
         self.terms = nn.ModuleList(terms)
@@ -66,12 +66,12 @@ class Objective(nn.Module):
         return frozenset[str]().union(*(_signals(term, "teacher_signals") for term in self.terms))
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """How many items each term's mean runs over in `batch`: fp32 ``[K]`` for K terms, on the batch's device.
+        """How many items each term's mean runs over in `batch`: fp32 ``[K]`` for K terms.
 
         Summed over the micro-batches of a step (and over processes) it is the `num_items` of `forward`.
         """
-        counts = [torch.as_tensor(_count(term, batch), dtype=torch.float32) for term in self.terms]
-        return torch.stack(counts)
+        counts = [cast(Callable[..., Any], term.count_items)(batch) for term in self.terms]
+        return torch.stack([torch.as_tensor(count, dtype=torch.float32) for count in counts])
 
     def forward(
         self,
@@ -85,15 +85,17 @@ class Objective(nn.Module):
         Args:
             student, teacher: signals by name; teacher signals must not require grad.
             batch: the batch as the collator made it; terms read ``labels`` and masks from it.
-            num_items: replaces the denominators of the terms' means, so that micro-batches add up to one large batch:
-                one number for all terms, or a tensor ``[K]`` with one per term (see `count_items`).
+            num_items: replaces the denominators of the terms' means, so that micro-batches add up to one
+                large batch: one number for all terms, or a tensor ``[K]`` with one per term (see
+                `count_items`).
 
         Returns:
-            the weighted sum (0-d, differentiable), and the unweighted value of each term by name (0-d, detached).
+            the weighted sum (0-d, differentiable), and the unweighted value of each term by name (0-d,
+            detached).
 
         Raises:
-            ValueError: a signal that a term reads is missing, a term's value is not 0-d, or `num_items` has another
-                length than there are terms.
+            ValueError: a signal that a term reads is missing, a term's value is not 0-d, or `num_items` has
+                another length than there are terms.
         """
         self._check_signals("student", student, self.student_signals)
         self._check_signals("teacher", teacher, self.teacher_signals)
@@ -104,7 +106,7 @@ class Objective(nn.Module):
             value = term(student, teacher, batch, num_items=count)
             if value.dim() != 0:
                 _fail(f"term {term.name!r} must return a 0-d tensor, got shape {list(value.shape)}")
-            weighted = value * float(term.weight)  # a new tensor: the sum never shares memory with a part
+            weighted = value * _weight(term)  # a new tensor: the sum never shares memory with a part
             total = weighted if total is None else total + weighted
             parts[str(term.name)] = value.detach()
         assert total is not None
@@ -119,8 +121,8 @@ class Objective(nn.Module):
 
     def _check_signals(self, side: str, given: Mapping[str, Tensor], needed: frozenset[str]) -> None:
         for name in sorted(needed - given.keys()):
-            readers = [term.name for term in self.terms if name in _signals(term, f"{side}_signals")]
-            _fail(f"{side} signal {name!r} is read by {', '.join(map(repr, readers))}, and only {sorted(given)} were given")
+            readers = [repr(term.name) for term in self.terms if name in _signals(term, f"{side}_signals")]
+            _fail(f"{side} signal {name!r} is read by {', '.join(readers)}, and only {sorted(given)} were given")
 
 
 def _check_term(position: int, term: nn.Module) -> None:
@@ -129,8 +131,11 @@ def _check_term(position: int, term: nn.Module) -> None:
     missing = [name for name in TERM_ATTRIBUTES if not hasattr(term, name)]
     missing += [] if callable(getattr(term, "count_items", None)) else ["count_items()"]
     if missing:
-        _fail(f"terms[{position}] ({type(term).__name__}) must have {', '.join(missing)}; see Objective", TypeError)
-    weight = float(term.weight)  # type: ignore[arg-type]
+        _fail(
+            f"terms[{position}] ({type(term).__name__}) must have {', '.join(missing)}; see Objective",
+            TypeError,
+        )
+    weight = _weight(term)
     if not (math.isfinite(weight) and weight >= 0):
         _fail(f"the weight of {term.name!r} must be finite and not negative, got {weight}")
 
@@ -140,20 +145,20 @@ def _check_sole_reader(term: nn.Module, terms: Sequence[nn.Module]) -> None:
     if not getattr(term, "inplace", False):
         return
     for other in terms:
-        shared = _signals(term, "student_signals") & _signals(other, "student_signals")
+        shared = sorted(_signals(term, "student_signals") & _signals(other, "student_signals"))
         if other is not term and shared:
             _fail(
-                f"{term.name!r} has inplace=True and overwrites the student's {', '.join(sorted(shared))}, which "
+                f"{term.name!r} has inplace=True and overwrites the student's {', '.join(shared)}, which "
                 f"{other.name!r} reads too; pass inplace=False"
             )
 
 
+def _weight(term: nn.Module) -> float:
+    return float(cast(float, term.weight))
+
+
 def _signals(term: nn.Module, side: str) -> frozenset[str]:
     return frozenset(getattr(term, side))
-
-
-def _count(term: nn.Module, batch: Mapping[str, Tensor]) -> float | Tensor:
-    return term.count_items(batch)  # type: ignore[operator, no-any-return]
 
 
 def _fail(message: str, error: type[Exception] = ValueError) -> NoReturn:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will do, before it does it: loads rows and model configurations, times one batch, refuses what cannot work."""
+"""What a run will do, before it does it: reads rows and configurations, times one batch, refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.util
 import itertools
+import os
 import shutil
 import sys
 import tempfile
@@ -25,15 +26,24 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from pydistill import _dispatch
 from pydistill.config import ConfigError, RunConfig, UserError, find_recipe, load_config, resolve_path
 from pydistill.data.tasks import DataError, Task, load_task
+from pydistill.inference import class_names
 
 # Keys that may differ when a run is continued: they add results beside the finished ones or only move work around.
-CONTINUABLE = ("output", "description", "seeds", "arms", "augment.workers", "teacher.batch_tokens", "teacher.logits_folder")
+CONTINUABLE = (
+    "output",
+    "description",
+    "seeds",
+    "arms",
+    "augment.workers",
+    "teacher.batch_tokens",
+    "teacher.logits_folder",
+)
 CONFIG_FILE = "config.yaml"
 # Holds the fingerprint of the rows that a run was started with.
 DATA_FILE = "data.sha256"
 # Rows of dev that the dry run shows to a teacher: enough to see exchanged labels, a second or so of work.
 DRY_RUN_ROWS = 64
-# A different assignment of the teacher's classes must explain this share more of those rows to be reported as exchanged.
+# Another assignment of the teacher's classes must explain this share more of those rows to be reported as exchanged.
 EXCHANGED_MARGIN = 0.25
 
 
@@ -53,6 +63,7 @@ class Plan:
     teacher: str
     tokenizer: PreTrainedTokenizerBase
     output: Path
+    dtype: torch.dtype = torch.float32
     resume: bool = False
     overwrite: bool = False
     sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
@@ -88,12 +99,14 @@ def plan(
         dry_run: time the teacher on a few rows of dev, and compare a fine-tuned teacher's answers with the labels.
 
     Raises:
-        PlanError: listing every reason: unreadable, empty or unlabelled data, missing columns, labels or label order that
-            differ between teacher and data, sequence lengths over the model's limit, missing packages or files,
+        PlanError: listing every reason: unreadable, empty or unlabelled data, missing columns, labels or label order
+            that differ between teacher and data, sequence lengths over the model's limit, missing packages or files,
             training arguments that contradict each other, an output folder that holds another run.
     """
     config = source if isinstance(source, RunConfig) else load_config(find_recipe(source), overrides)
     problems: list[str] = []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("this recipe is one process: start it without torchrun or accelerate launch")
     output = Path(config.output).expanduser()
     _collect(problems, check_output, config, output, resume, overwrite)
     task = _collect(problems, load_task, config.data)
@@ -113,7 +126,7 @@ def plan(
     if problems or task is None or teacher is None or tokenizer is None:
         raise PlanError("\n".join(problems))
 
-    result = Plan(config, task, teacher, tokenizer, output, resume, overwrite)
+    result = Plan(config, task, teacher, tokenizer, output, teacher_dtype(config), resume, overwrite)
     _describe(result)
     if dry_run:
         _dry_run(result)
@@ -185,7 +198,7 @@ def check_same_rows(task: Task, output: Path) -> None:
 
 def _flat(block: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in block.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -223,6 +236,18 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def teacher_dtype(config: RunConfig) -> torch.dtype:
+    """Return the arithmetic of the teacher; ``auto`` is bfloat16 on a GPU or CPU with instructions for it."""
+    if config.teacher.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.teacher.dtype]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Without such instructions bfloat16 is emulated, and several times slower than float32.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
 def length_limit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Return the longest input of the model in tokens, or None where neither model nor tokenizer states one."""
     limits = []
@@ -236,7 +261,15 @@ def length_limit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerB
     return min(limits, default=None)
 
 
-ROBERTA_FAMILY = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "roberta-prelayernorm")
+ROBERTA_FAMILY = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+)
 
 
 def check_teacher(
@@ -262,8 +295,9 @@ def check_teacher(
     architectures = model_config.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         problems.append(
-            f"teacher.model: {config.teacher.model} has no classification head ({', '.join(architectures) or 'unknown'}); "
-            "name a fine-tuned model, or let the recipe fine-tune it: --teacher.fine_tune.num_train_epochs 3"
+            f"teacher.model: {config.teacher.model} has no classification head "
+            f"({', '.join(architectures) or 'unknown'}); name a fine-tuned model, or let the recipe fine-tune it: "
+            "--teacher.fine_tune.num_train_epochs 3"
         )
     elif task is not None:
         problems += check_labels(config, model_config, task)
@@ -273,7 +307,7 @@ def check_teacher(
 def check_labels(config: RunConfig, model_config: PretrainedConfig, task: Task) -> list[str]:
     """Compare the classes of a fine-tuned teacher with those of the data: number, names, order."""
     ours = list(task.label_names)
-    theirs = [str(model_config.id2label[index]) for index in range(model_config.num_labels)]
+    theirs = class_names(model_config)
     name = config.teacher.model
     if len(theirs) != len(ours):
         return [
@@ -348,7 +382,7 @@ def check_training_arguments(config: RunConfig) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         for key, block in blocks.items():
             try:
-                TrainingArguments(output_dir=folder, **block)
+                TrainingArguments(output_dir=folder, **({"use_cpu": not torch.cuda.is_available()} | block))
             except (ValueError, ImportError, RuntimeError) as error:
                 problems.append(f"{key}: {' '.join(str(error).split())}")
     return problems
@@ -369,6 +403,7 @@ def _describe(result: Plan) -> None:
     for note in task.notes:
         result.add("data", "note", note)
     result.add("teacher", "model", config.teacher.model)
+    result.add("teacher", "arithmetic", str(result.dtype).removeprefix("torch."))
     if config.teacher.fine_tune is None:
         result.add("teacher", "fine-tuning", "none: its head is used as it is")
     else:
@@ -387,7 +422,7 @@ def _describe(result: Plan) -> None:
         result.add("students", f"{arm} only", _arguments_line(block))
     result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads")
     chosen = _dispatch.resolve("soft_target", torch.device(device))
-    result.add("machine", "soft_target", f"{chosen}: {_dispatch.backends('soft_target')[chosen].reason}")
+    result.add("machine", "soft_target", f"{chosen}: {_dispatch.BACKENDS['soft_target'][chosen].reason}")
     parent = next(folder for folder in (result.output, *result.output.absolute().parents) if folder.exists())
     result.add("machine", "free disk", f"{shutil.disk_usage(parent).free / 1e9:.1f} GB")
 
@@ -413,7 +448,9 @@ def _dry_run(result: Plan) -> None:
     rows = task.splits["dev"].select(range(min(DRY_RUN_ROWS, task.counts["dev"])))
     texts = [rows[column][:] for column in task.text_columns]
     with quiet():
-        model = AutoModelForSequenceClassification.from_pretrained(result.teacher, num_labels=len(task.label_names))
+        model = AutoModelForSequenceClassification.from_pretrained(
+            result.teacher, num_labels=len(task.label_names), dtype=result.dtype
+        )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     batch = result.tokenizer(
         *texts, truncation=True, max_length=config.teacher.max_length, padding="longest", return_tensors="pt"
@@ -427,7 +464,7 @@ def _dry_run(result: Plan) -> None:
     result.add("teacher", "parameters", f"{parameters:,}")
     result.add("teacher", "pace", f"{pace:,.0f} rows per second")
     to_label = task.counts["train"] * (1 + (config.augment.n_iter if "augmented" in config.arms else 0))
-    result.add("transfer set", "labelling", f"at most {to_label:,} rows, about {_duration(to_label / pace)}")
+    result.add("transfer set", "labelling", f"at most {to_label:,} rows, about {duration(to_label / pace)}")
     if config.teacher.fine_tune is None:
         _check_answers(result, logits, np.asarray(rows["labels"][:]))
 
@@ -446,12 +483,14 @@ def _check_answers(result: Plan, logits: np.ndarray, labels: np.ndarray) -> None
     if explained - agreement >= EXCHANGED_MARGIN:
         meaning = ", ".join(f"its {index} is the data's {target}" for index, target in enumerate(best))
         raise PlanError(
-            f"data.labels: the teacher {result.config.teacher.model} agrees with {agreement:.0%} of {len(labels)} rows of "
-            f"dev, and with {explained:.0%} if {meaning}: its classes are in another order; renumber or reorder the labels"
+            f"data.labels: the teacher {result.config.teacher.model} agrees with {agreement:.0%} of {len(labels)} rows "
+            f"of dev, and with {explained:.0%} if {meaning}: its classes are in another order; "
+            "renumber or reorder the labels"
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format seconds for a reader, in the largest unit that says enough."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,6 +7,7 @@ import base64
 import html
 import json
 import os
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -239,7 +240,8 @@ def draw_curves(results: dict[str, Any]) -> Figure:
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1160px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; }
+body { max-width: 1160px; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 .lead { color: #555; margin-top: .2rem; }
 .scroll { overflow-x: auto; }
@@ -280,7 +282,7 @@ def _page(folder: Path, results: dict[str, Any], pictures: dict[str, bytes], con
             _html_table([["stage", "time", "rows"], *_stages(results)]),
             f"<h2>Try it</h2><pre>{html.escape(predict_line(folder, results))}</pre>",
             f"<h2>Details</h2><details><summary>plan</summary><pre>{html.escape(results['plan'])}</pre></details>",
-            "<details><summary>configuration (run it again with: pydistill run config.yaml)</summary>",
+            "<details><summary>configuration (run it again with: pydistill run config.yaml --output ANOTHER_FOLDER)</summary>",
             f"<pre>{html.escape(config)}</pre></details>",
             "<details><summary>every run</summary>",
             f'<div class="scroll">{_html_table(_every_run(results))}</div></details>',
@@ -337,5 +339,5 @@ def best_student(results: dict[str, Any]) -> dict[str, Any]:
 def predict_line(folder: Path, results: dict[str, Any]) -> str:
     """Return a command that tries the best student."""
     model = folder / best_student(results)["folder"]
-    texts = " ".join(f'"{text}"' for text in results["task"]["example"])
+    texts = " ".join(shlex.quote(text) for text in results["task"]["example"])
     return f"pydistill predict {model} {texts}"

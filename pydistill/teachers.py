@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where teacher signals come from: a model that runs beside the student, or logits recorded once for a transfer set."""
+"""Where teacher signals come from: a model that runs beside the student, or logits recorded once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
@@ -51,12 +52,14 @@ class Teacher(Protocol):
 class OnlineTeacher:
     """A teacher model that runs on every batch, always in eval mode and without gradients.
 
-    It takes the model over: parameters are frozen, and cast where `dtype` says so. The forward runs outside autocast, in
-    the model's own dtype, whatever precision the student trains in, and on the device of the batch.
+    It takes the model over: parameters are frozen, and cast where `dtype` says so. The forward runs outside
+        autocast, in the model's own dtype, whatever precision the student trains in, and on the device of the
+        batch.
 
     Args:
         model: called with those keys of the batch that its forward names.
-        dtype: cast the model's floating-point parameters, for instance to ``torch.bfloat16``; None keeps them.
+        dtype: cast the model's floating-point parameters, for instance to ``torch.bfloat16``; None keeps
+            them.
     """
 
     provides = frozenset({"logits"})
@@ -75,7 +78,7 @@ class OnlineTeacher:
         return self.input_names | {TEACHER_PREFIX + name for name in self.input_names}
 
     def signals(self, batch: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
-        """Run the model on the ``teacher_<input>`` keys of `batch` if there are any, otherwise on the student's inputs.
+        """Run the model on the keys ``teacher_<input>`` of `batch`, or on the student's inputs if there are none.
 
         Raises:
             ValueError: `batch` holds none of the model's inputs.
@@ -85,15 +88,16 @@ class OnlineTeacher:
         } or {name: batch[name] for name in self.input_names if name in batch}
         if not inputs:
             _fail(
-                "OnlineTeacher", f"the batch holds no input of {type(self.model).__name__}, only {', '.join(sorted(batch))}"
+                "OnlineTeacher",
+                f"the batch holds no input of {type(self.model).__name__}, only {', '.join(sorted(batch))}",
             )
         device = next(iter(inputs.values())).device
         first = next(self.model.parameters(), None)
         if first is not None and first.device != device:
             self.model.to(device)
         self.model.eval()
-        # Not inference_mode: a loss that autograd differentiates may save the teacher's tensors, and inference tensors
-        # cannot be saved.
+        # Not inference_mode: a loss that autograd differentiates may save the teacher's tensors, and
+        # inference tensors cannot be saved.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             outputs = self.model(**inputs)
         return {"logits": outputs.logits}
@@ -114,8 +118,8 @@ class RecordedTeacher:
         if RECORDED_LOGITS not in batch:
             _fail(
                 "RecordedTeacher",
-                f"the batch has no {RECORDED_LOGITS!r}, only {', '.join(sorted(batch))}; label the training rows with "
-                "label_transfer_set first",
+                f"the batch has no {RECORDED_LOGITS!r}, only {', '.join(sorted(batch))}; label the training rows "
+                "with label_transfer_set first",
             )
         return {"logits": batch[RECORDED_LOGITS]}
 
@@ -133,7 +137,13 @@ _FORMAT = 1
 _MANIFEST = "manifest.json"
 _SHARDS = "logits-*.safetensors"
 # What a configuration says about where it came from or how it is run, not about what the model computes.
-_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_internal")
+_VOLATILE_CONFIG = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_attn_implementation_internal",
+)
 
 Row = tuple[str, ...]
 
@@ -149,7 +159,7 @@ def label_transfer_set(
     *,
     text_columns: str | Sequence[str],
     output: str | Path,
-    batch_size_tokens: int = 2048,
+    batch_size_tokens: int = 4096,
     dtype: torch.dtype = torch.float32,
     max_length: int = 128,
     resume: bool = True,
@@ -158,13 +168,14 @@ def label_transfer_set(
 ) -> Dataset:
     """Record a teacher's logits for every row, once per distinct text.
 
-    The texts are sorted by their number of tokens and run longest first, so that a batch is (nearly) free of padding and
-    whatever does not fit in memory shows at once. What is finished is written to `output` every `flush_seconds`, in files
-    that appear whole or not at all: after an interruption the same call goes on where the last one stopped, and the result
-    is the same to the bit. A finished folder is read back without running anything.
+    The texts are sorted by their number of tokens and run longest first, in batches of one length: nothing is
+        padded, so a row's logits are its own whatever it shares a batch with, and what does not fit in memory
+        shows at once. What is finished is written to `output` every `flush_seconds`, in files
+    that appear whole or not at all: after an interruption the same call goes on where the last one stopped,
+        and the result is the same to the bit. A finished folder is read back without running anything.
 
-    Rows are paired with logits by their text, so the same folder serves the rows in any order and any number of times.
-    The folder belongs to exactly these texts, tokenizer, weights, `dtype` and `max_length`.
+    Rows are paired with logits by their text, so the same folder serves the rows in any order and any number
+    of times. The folder belongs to exactly these texts, tokenizer, weights, `dtype` and `max_length`.
 
     Args:
         dataset: rows to label.
@@ -172,7 +183,7 @@ def label_transfer_set(
         tokenizer: the teacher's.
         text_columns: one column, or two for sentence pairs.
         output: folder to keep the logits in; new, empty, or of an earlier call.
-        batch_size_tokens: most tokens per batch, padding included.
+        batch_size_tokens: most tokens per batch (a single longer row is a batch).
         dtype: arithmetic of the forward; a model of another dtype is copied and cast.
         max_length: tokens kept per row, special tokens included.
         resume: go on with, or reuse, what `output` holds; False refuses a folder that holds anything.
@@ -202,7 +213,17 @@ def label_transfer_set(
     missing = store.missing()
     if missing.size:
         with _inference_copy(model, dtype) as teacher:
-            _label(store, distinct, missing, teacher, tokenizer, max_length, batch_size_tokens, flush_seconds, progress)
+            _label(
+                store,
+                distinct,
+                missing,
+                teacher,
+                tokenizer,
+                max_length,
+                batch_size_tokens,
+                flush_seconds,
+                progress,
+            )
     assert store.logits is not None
     position = {row: index for index, row in enumerate(distinct)}
     order = np.fromiter((position[row] for row in rows), dtype=np.int64, count=len(rows))
@@ -217,7 +238,10 @@ def _check_arguments(
         _fail(name, f"text_columns must name one column or two, got {list(columns)}")
     for column in columns:
         if column not in dataset.column_names:
-            _fail(name, f"text_columns: the data has no column {column!r}, only {', '.join(dataset.column_names)}")
+            _fail(
+                name,
+                f"text_columns: the data has no column {column!r}, only {', '.join(dataset.column_names)}",
+            )
     if RECORDED_LOGITS in dataset.column_names:
         _fail(name, f"the data has a column {RECORDED_LOGITS!r} already; remove it to label the rows again")
     if len(dataset) == 0:
@@ -286,17 +310,20 @@ def _label(
 
 
 def _batches(lengths: np.ndarray, batch_size_tokens: int) -> Iterator[slice]:
-    """Slices of `lengths` (descending) with at most `batch_size_tokens` tokens once padded to their first."""
-    start = 0
-    while start < len(lengths):
-        size = max(1, batch_size_tokens // max(1, int(lengths[start])))
-        yield slice(start, min(start + size, len(lengths)))
-        start += size
+    """Slices of `lengths` (sorted) that hold one length each and at most `batch_size_tokens` tokens."""
+    boundaries = np.flatnonzero(np.diff(lengths)) + 1
+    for first, last in pairwise([0, *boundaries.tolist(), len(lengths)]):
+        size = max(1, batch_size_tokens // max(1, int(lengths[first])))
+        for start in range(first, last, size):
+            yield slice(start, min(start + size, last))
 
 
 def _check_logits(logits: np.ndarray, rows: Sequence[Row]) -> None:
     if logits.ndim != 2 or len(logits) != len(rows):
-        _fail("label_transfer_set", f"the teacher must give logits [B, C], got {list(logits.shape)} for {len(rows)} rows")
+        _fail(
+            "label_transfer_set",
+            f"the teacher must give logits [B, C], got {list(logits.shape)} for {len(rows)} rows",
+        )
     finite = np.isfinite(logits).all(axis=1)
     if not finite.all():
         text = " | ".join(rows[int(np.argmin(finite))])
@@ -318,12 +345,6 @@ class _Tokens:
         model_inputs: frozenset[str],
         chunk: int = 8192,
     ) -> None:
-        self.padding = {
-            "input_ids": 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id),
-            "token_type_ids": int(getattr(tokenizer, "pad_token_type_id", 0)),
-        }
-        self.left = tokenizer.padding_side == "left"
-        self.mask = "attention_mask" in model_inputs
         names = [name for name in ("input_ids", "token_type_ids") if name in model_inputs]
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         lengths: list[int] = []
@@ -343,23 +364,17 @@ class _Tokens:
         self.flat = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
 
     def batch(self, chosen: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Inputs of the model for the rows `chosen`, each ``[B, N]``; no mask where nothing is padded."""
-        lengths = self.lengths[chosen][:, None]
-        width = int(lengths.max())
-        column = np.arange(width)[None, :] - (width - lengths if self.left else 0)
-        valid = (column >= 0) & (column < lengths)
-        source = np.where(valid, self.starts[chosen][:, None] + column, 0)
-        inputs = {name: np.where(valid, flat[source], self.padding[name]) for name, flat in self.flat.items()}
-        if self.mask and not valid.all():
-            inputs["attention_mask"] = valid
-        return {name: torch.from_numpy(value.astype(np.int64)).to(device) for name, value in inputs.items()}
+        """Inputs of the model for the rows `chosen`, all of one length: each ``[B, N]``, no padding, no mask."""
+        places = self.starts[chosen][:, None] + np.arange(self.lengths[chosen[0]])[None, :]
+        return {name: torch.from_numpy(flat[places].astype(np.int64)).to(device) for name, flat in self.flat.items()}
 
 
 @contextmanager
 def _inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """`model` in eval mode and of `dtype`: the model itself where it has that dtype, otherwise a copy."""
     if any(parameter.is_floating_point() and parameter.dtype != dtype for parameter in model.parameters()):
-        yield copy.deepcopy(model).to(dtype).eval()
+        converted: Any = copy.deepcopy(model)
+        yield converted.to(dtype).eval()
         return
     training = {module for module in model.modules() if module.training}
     model.eval()
@@ -374,7 +389,7 @@ def _inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreT
 
 
 class _LogitStore:
-    """A folder of recorded logits: a manifest that says whose they are, and shards ``(index [n], logits [n, C])``.
+    """A folder of recorded logits: a manifest that says whose, and shards ``(index [n], logits [n, C])``.
 
     `index` is the position in the sorted distinct texts. Shards may come in any order and cover any rows.
     """
@@ -439,7 +454,11 @@ class _LogitStore:
             self._refuse(f"is damaged: {_MANIFEST} cannot be read ({error}); delete the folder to label again")
         if found_key == self.key:
             return
-        words = {"format": "the file format", "teacher": "the teacher's weights or configuration", "settings": "settings"}
+        words = {
+            "format": "the file format",
+            "teacher": "the teacher's weights or configuration",
+            "settings": "settings",
+        }
         words |= {"texts": "the texts", "tokenizer": "the tokenizer"}
         differing = [name for name in words if found.get(name) != self.manifest[name]]
         reasons = [
@@ -449,8 +468,8 @@ class _LogitStore:
             for name in differing
         ]
         self._refuse(
-            f"was recorded for something else: different {', '.join(reasons) or 'key'}; pass another folder, or delete this "
-            "one to label again"
+            f"was recorded for something else: different {', '.join(reasons) or 'key'}; pass another folder, "
+            "or delete this one to label again"
         )
 
     def _read(self, path: Path) -> None:
@@ -466,7 +485,8 @@ class _LogitStore:
             self._refuse(f"is damaged: {path.name} belongs to another transfer set; delete that file")
         if metadata.get("sha256") != _hash_shard(index, logits):
             self._refuse(
-                f"is damaged: the content of {path.name} does not match its checksum; delete that file to label its rows again"
+                f"is damaged: the content of {path.name} does not match its checksum; delete that file to label "
+                "its rows again"
             )
         self._fill(index, logits)
 
@@ -512,7 +532,11 @@ def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         # Padding and truncation are set by every call.
         state = {name: value for name, value in state.items() if name not in ("padding", "truncation")}
     else:
-        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), **tokenizer.init_kwargs}
+        state = {
+            "class": type(tokenizer).__name__,
+            "vocabulary": tokenizer.get_vocab(),
+            **tokenizer.init_kwargs,
+        }
     sides = (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id)
     return _hash_json([state, sides])
 

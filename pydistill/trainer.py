@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ class OptimizerConfig:
         rho: decay of adadelta's running averages.
         eps: None is the optimizer's own default (adadelta) or ``TrainingArguments.adam_epsilon`` (adamw).
 
-    Weight decay, betas and the schedule come from the ``TrainingArguments``. Mind that their default schedule falls
-    linearly to 0; for the paper's adadelta pass ``lr_scheduler_type="constant"``.
+    Weight decay, betas and the schedule come from the ``TrainingArguments``. Mind that their default schedule
+    falls linearly to 0; for the paper's adadelta pass ``lr_scheduler_type="constant"``.
     """
 
     name: Literal["adadelta", "adamw"] = "adamw"
@@ -59,7 +59,10 @@ class OptimizerConfig:
     def resolve(self, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """The optimizer's class and its arguments."""
         if self.name == "adadelta":
-            options: dict[str, Any] = {"lr": 1.0 if self.learning_rate is None else self.learning_rate, "rho": self.rho}
+            options: dict[str, Any] = {
+                "lr": 1.0 if self.learning_rate is None else self.learning_rate,
+                "rho": self.rho,
+            }
             return torch.optim.Adadelta, options | ({} if self.eps is None else {"eps": self.eps})
         return torch.optim.AdamW, {
             "lr": args.learning_rate if self.learning_rate is None else self.learning_rate,
@@ -73,16 +76,19 @@ class DistillationTrainer(Trainer):
 
     What it adds:
 
-    - the value of each term of the objective in the logs, as ``loss_<name>``, averaged over the logging window;
-    - checkpoints that are the student alone, in hub format: ``AutoModel*.from_pretrained(checkpoint)`` works. Parameters
-      of the objective, where it has any, lie beside it in ``objective.safetensors``;
-    - exact resume: training that was stopped at a checkpoint and continued ends with the same bits as training in one go.
-      ``train(resume_from_checkpoint=True)`` takes the last checkpoint that was completely written;
-    - evaluation and prediction run the student alone; ``eval_loss`` is the student's own loss on the labels. They do not
-      advance the random stream of training;
-    - the denominators of all terms are counted over the whole accumulated batch, so ``1 x 32`` equals ``4 x 8``;
-    - ``train_sampling_strategy="group_by_length"`` that is exactly resumable and finds lengths without reading the rows
-      one by one; evaluation keeps the order of the rows;
+    - the value of each term of the objective in the logs, as ``loss_<name>``, averaged over the logging
+      window;
+    - checkpoints that are the student alone, in hub format: ``AutoModel*.from_pretrained(checkpoint)`` works.
+      Parameters of the objective, where it has any, lie beside it in ``objective.safetensors``;
+    - exact resume: training that was stopped at a checkpoint and continued ends with the same bits as
+      training in one go. ``train(resume_from_checkpoint=True)`` takes the last checkpoint that was completely
+      written;
+    - evaluation and prediction run the student alone; ``eval_loss`` is the student's own loss on the labels.
+      They do not advance the random stream of training;
+    - the denominators of all terms are counted over the whole accumulated batch, so ``1 x 32`` equals ``4 x
+      8``;
+    - ``train_sampling_strategy="group_by_length"`` that is exactly resumable and finds lengths without
+      reading the rows one by one; evaluation keeps the order of the rows;
     - `optimizer` by name.
 
     Args:
@@ -109,28 +115,36 @@ class DistillationTrainer(Trainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
-        data_collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]] | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         optimizer: OptimizerConfig | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(distiller, Distiller):
-            _fail("DistillationTrainer", f"distiller must be a Distiller, got {type(distiller).__name__}", TypeError)
+            _fail(
+                "DistillationTrainer",
+                f"distiller must be a Distiller, got {type(distiller).__name__}",
+                TypeError,
+            )
         if args is None:
             args = TrainingArguments(output_dir="trainer_output")
         if args.label_smoothing_factor:
             _fail(
                 "DistillationTrainer",
-                f"label_smoothing_factor must be 0, the objective decides about the loss; got {args.label_smoothing_factor}",
+                "label_smoothing_factor must be 0, the objective decides about the loss; got "
+                f"{args.label_smoothing_factor}",
             )
         if args.n_gpu > 1:
             _fail(
                 "DistillationTrainer",
-                f"one process must use one GPU, got {args.n_gpu}; start with torchrun --nproc-per-node {args.n_gpu}, or "
-                "set CUDA_VISIBLE_DEVICES=0",
+                f"one process must use one GPU, got {args.n_gpu}; start with "
+                f"torchrun --nproc-per-node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0",
             )
         if data_collator is None:
             if processing_class is None:
-                _fail("DistillationTrainer", "needs processing_class (the student's tokenizer) or data_collator, got neither")
+                _fail(
+                    "DistillationTrainer",
+                    "needs processing_class (the student's tokenizer) or data_collator, got neither",
+                )
             data_collator = DistillationCollator(processing_class)
         self.distiller = distiller
         self._part_sums: dict[str, Tensor] = {}
@@ -151,11 +165,12 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Collect the micro-batches of one step, and count what each term's mean runs over in all of them: ``[K]``."""
+        """Collect the micro-batches of one step, and count what the K terms' means run over in all of them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        items = sum(self.distiller.objective.count_items(batch) for batch in batches).to(device)
+        counts = [self.distiller.objective.count_items(batch) for batch in batches]
+        items = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, reduction="sum")
         # A step without any valid item has loss 0, not 0 / 0.
@@ -169,9 +184,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective on one micro-batch; its parts are added up for the logs, on the device."""
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if outputs.get("parts") is not None:
             self._add_parts(outputs["parts"])
         return (loss, outputs) if return_outputs else loss
@@ -186,7 +199,7 @@ class DistillationTrainer(Trainer):
                 self._part_sums[name] = value.clone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss to the training logs: mean over the optimizer steps since the last time."""
+        """Add the parts of the loss to the training logs: means over the steps since the last time."""
         if "loss" in logs and self._part_sums:
             # The only transfer to the host in a logging window.
             sums = torch.stack([value.float() for value in self._part_sums.values()])
@@ -209,22 +222,22 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """One evaluation step of the student; teacher inputs and recorded logits of the batch are not looked at."""
+        """One evaluation step of the student; what the batch holds for the teacher is not looked at."""
         student_inputs = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
         return super().prediction_step(
             model, {**student_inputs, "student_only": True}, prediction_loss_only, ignore_keys=ignore_keys
         )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate without advancing the random stream, so that how often one looks does not change what is trained."""
+        """Evaluate without advancing the random stream: how often one looks does not change the training."""
         with torch.random.fork_rng(devices=[]):
             return super().evaluation_loop(*args, **kwargs)
 
     # ---- data
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = sorted(self.distiller.batch_keys)
+        # The base class reads them off the signature of `forward`, which takes any key.
+        self._signature_columns = cast(Any, sorted(self.distiller.batch_keys))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -241,9 +254,11 @@ class DistillationTrainer(Trainer):
         return None
 
     def _lengths(self, dataset: Any) -> list[int]:
-        """Tokens of each row: the column ``args.length_column_name`` where there is one, otherwise counted."""
+        """Tokens of each row: the column ``args.length_column_name`` if there is one, otherwise counted."""
         column = self.args.length_column_name
-        for source in (dataset, self.train_dataset):
+        # The base class has removed the column from `dataset`, which no model reads.
+        sources: tuple[Any, ...] = (dataset, self.train_dataset)
+        for source in sources:
             if column in getattr(source, "column_names", ()) and len(source) == len(dataset):
                 return [int(length) for length in source[column]]
         return row_lengths(dataset)
@@ -251,21 +266,25 @@ class DistillationTrainer(Trainer):
     # ---- checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See ``transformers.Trainer.train``; True resumes from the last checkpoint that was completely written."""
+        """See ``transformers.Trainer.train``; True resumes from the last completely written checkpoint."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
+            found = last_checkpoint(str(self.args.output_dir))
             if found is None:
-                _fail("DistillationTrainer", f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint")
+                _fail(
+                    "DistillationTrainer",
+                    f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint",
+                )
             resume_from_checkpoint = str(found)
         self._part_sums = {}
-        # The base class seeds when it is made; whatever drew random numbers since then must not decide the run.
+        # The base class seeds when it is made; whatever drew random numbers since then must not decide the
+        # run.
         set_seed(self.args.seed)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         student_state = None
         objective_state = self.distiller.objective.state_dict()
@@ -292,11 +311,11 @@ class DistillationTrainer(Trainer):
             return
         best = self.state.best_model_checkpoint
         logger.info(f"Loading the best student from {best} (score: {self.state.best_metric}).")
-        self._load_student(Path(best))
+        self._load_student(Path(str(best)))
 
     def _load_student(self, folder: Path) -> None:
-        # Read as a user would read it, which undoes whatever renaming, sharding or tying save_pretrained applied; the
-        # base class matches names loosely and would leave the student untouched without a word.
+        # Read as a user would read it, which undoes whatever renaming, sharding or tying save_pretrained
+        # applied; the base class matches names loosely and would leave the student untouched without a word.
         student = self.distiller.student
         with torch.random.fork_rng(devices=[]):
             loaded = type(student).from_pretrained(folder, config=student.config, dtype=student.dtype)
@@ -308,7 +327,7 @@ class DistillationTrainer(Trainer):
 
 
 class _EpochLengthSampler(LengthGroupedSampler):
-    """Length grouping whose order depends on the seed and the epoch alone, so that a resumed epoch is the same one."""
+    """Length grouping whose order depends on seed and epoch alone, so that a resumed epoch is the same."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
@@ -345,8 +364,8 @@ def row_lengths(dataset: Any) -> list[int]:
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The last checkpoint under `folder` that was completely written, None if there is none.
 
-    The trainer's state is the last file of a checkpoint, so a process that was killed while writing one leaves it missing
-    or cut off.
+    The trainer's state is the last file of a checkpoint, so a process that was killed while writing one
+    leaves it missing or cut off.
     """
     found: dict[int, Path] = {}
     for path in Path(folder).glob("checkpoint-*"):
@@ -366,10 +385,10 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 class DistillationCollator:
     """Rows of token ids -> padded tensors.
 
-    Sequences come in groups of one length: ``input_ids`` with ``attention_mask`` and ``token_type_ids``, the same with the
-    prefix ``pair_`` (the second sentence of a siamese student) and with ``teacher_`` (a teacher that has its own
-    tokenizer). A missing attention mask is made. ``labels`` and ``teacher_logits [C]`` are stacked; every other column
-    is left out.
+    Sequences come in groups of one length: ``input_ids`` with ``attention_mask`` and ``token_type_ids``, the
+        same with the prefix ``pair_`` (the second sentence of a siamese student) and with ``teacher_`` (a
+        teacher that has its own tokenizer). A missing attention mask is made. ``labels`` and ``teacher_logits
+        [C]`` are stacked; every other column is left out.
 
     Args:
         tokenizer: the student's; gives padding value and side.
@@ -396,7 +415,10 @@ class DistillationCollator:
             if f"{prefix}input_ids" in rows[0]:
                 tokenizer = self.teacher_tokenizer if prefix == TEACHER_PREFIX else self.tokenizer
                 if tokenizer is None:
-                    _fail("DistillationCollator", "the rows have teacher_input_ids; pass teacher_tokenizer to pad them")
+                    _fail(
+                        "DistillationCollator",
+                        "the rows have teacher_input_ids; pass teacher_tokenizer to pad them",
+                    )
                 self._pad(rows, prefix, tokenizer, batch)
         if RECORDED_LOGITS in rows[0]:
             logits = np.stack(_column(rows, RECORDED_LOGITS))

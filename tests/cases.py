@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 Keywords = Mapping[str, Any]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IMPLEMENTATIONS = [name for name in ("cpp",) if _dispatch.backends("soft_target")[name].available] + [
+IMPLEMENTATIONS = [name for name in ("cpp",) if _dispatch.BACKENDS["soft_target"][name].available] + [
     "reference"
 ]
 

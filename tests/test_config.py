@@ -38,7 +38,9 @@ def complaint(path: Path | None = None, **overrides: Any) -> str:
 
 def test_words_of_the_command_line_become_typed_values() -> None:
     words = "--seeds 1 2 3 --train.learning_rate 1e-3 --data.labels=bad --data.dev null --train.bf16 true".split()
-    config = load_config(None, MINIMUM | parse_overrides([*words, "--student.hidden-size", "8", "--augment.p_mask=0.2"]))
+    config = load_config(
+        None, MINIMUM | parse_overrides([*words, "--student.hidden-size", "8", "--augment.p_mask=0.2"])
+    )
     assert config.seeds == [1, 2, 3]
     assert config.train == {"learning_rate": 0.001, "bf16": True}
     assert config.data.labels == ["bad"]
@@ -75,7 +77,9 @@ def test_rows_are_a_number_or_a_share() -> None:
 
 
 def test_saved_yaml_is_complete_and_loads_to_an_equal_configuration(tmp_path: Path) -> None:
-    config = load(seeds=["3", "4"], train__learning_rate="0.5", teacher__fine_tune__max_steps="7", data__labels=["a", "b"])
+    config = load(
+        seeds=["3", "4"], train__learning_rate="0.5", teacher__fine_tune__max_steps="7", data__labels=["a", "b"]
+    )
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path) == config

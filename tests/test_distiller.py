@@ -202,7 +202,10 @@ class Hidden(SoftTarget):
         (lambda: distiller(None), r"reads \['logits'\] from a teacher, got teacher=None"),
         (lambda: distiller(tiny_bert(num_labels=3)), "student has 2 labels and the teacher 3"),
         (shared_parameters, "share parameters.*deepcopy"),
-        (lambda: distiller(objective=Hidden()), r"reads \['hidden'\] from the student, which gives \['logits'\]"),
+        (
+            lambda: distiller(objective=Hidden()),
+            r"reads \['hidden'\] from the student, which gives \['logits'\]",
+        ),
     ],
 )
 def test_refuses(build: Any, words: str) -> None:

@@ -88,7 +88,8 @@ def test_micro_batches_add_up_to_the_large_batch(split: tuple[int, ...]) -> None
     items = sum(objective.count_items(part_of(batch, rows)) for rows in pieces)
     assert items.tolist() == [8, 7, 8]  # type: ignore[union-attr]
     results = [
-        objective(part_of(student, rows), part_of(teacher, rows), part_of(batch, rows), num_items=items) for rows in pieces
+        objective(part_of(student, rows), part_of(teacher, rows), part_of(batch, rows), num_items=items)
+        for rows in pieces
     ]
     total = torch.stack([loss for loss, _ in results]).sum()
     (gradient,) = torch.autograd.grad(total, student["logits"])
@@ -118,10 +119,18 @@ def missing_attribute() -> list[nn.Module]:
         (lambda: [SoftTarget(), SoftTarget()], ValueError, "distinct names, got 'soft_target' 2 times"),
         (lambda: [Squares(weight=-1.0)], ValueError, "finite and not negative, got -1.0"),
         (lambda: [Squares(weight=float("nan"))], ValueError, "finite and not negative, got nan"),
-        (lambda: [nn.Linear(2, 2)], TypeError, "must have name, student_signals, teacher_signals, count_items"),
+        (
+            lambda: [nn.Linear(2, 2)],
+            TypeError,
+            "must have name, student_signals, teacher_signals, count_items",
+        ),
         (missing_attribute, TypeError, "teacher_signals"),
         (lambda: [torch.sum], TypeError, "must be an nn.Module"),
-        (lambda: [SoftTarget(inplace=True), Squares()], ValueError, "overwrites the student's logits, which 'squares'"),
+        (
+            lambda: [SoftTarget(inplace=True), Squares()],
+            ValueError,
+            "overwrites the student's logits, which 'squares'",
+        ),
     ],
 )
 def test_refuses(terms: Any, error: type[Exception], words: str) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,59 +13,14 @@ import pytest
 import torch
 import yaml
 from datasets import load_from_disk
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from made_up_task import make_teacher, sentences, write_table
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pydistill.students  # noqa: F401 (registers the student with AutoModel)
 from pydistill.config import UserError
 from pydistill.plan import PlanError, plan
 from pydistill.recipes import run
 from pydistill.recipes.bilstm import classification_metrics
-
-GOOD, BAD = ["fine", "lovely", "great", "warm"], ["dull", "awful", "cold", "bad"]
-NEUTRAL = ["the", "film", "is", "a", "very", "story", "with", "music", "and", "plot"]
-
-
-def sentences(count: int, seed: int) -> list[tuple[str, str]]:
-    """Neutral words around one good or bad word, which decides the label."""
-    draw = random.Random(seed)
-    rows = []
-    for number in range(count):
-        words = draw.choices(NEUTRAL, k=draw.randint(3, 9))
-        words.insert(draw.randrange(len(words)), draw.choice(GOOD if number % 2 else BAD))
-        rows.append((" ".join(words), "good" if number % 2 else "bad"))
-    return rows
-
-
-def write_table(path: Path, header: list[str], rows: list[tuple[str, ...]]) -> str:
-    path.write_text("\n".join("\t".join(row) for row in [tuple(header), *rows]) + "\n")
-    return str(path)
-
-
-def make_teacher(folder: Path, *, classes: int = 2, labels: list[str] | None = None) -> str:
-    """A BERT of one layer with a WordPiece vocabulary of the sentences' words, not trained yet."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertTokenizerFast
-
-    torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NEUTRAL, *GOOD, *BAD]
-    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64).save_pretrained(folder)
-    names = labels or [f"LABEL_{index}" for index in range(classes)]
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +43,12 @@ def settings(folder: Path, output: Path, **more: Any) -> dict[str, Any]:
         "data.test": str(folder / "test.tsv"),
         "teacher.model": str(folder / "bert"),
         "teacher.max_length": 32,
-        "teacher.fine_tune": {"learning_rate": 3e-3, "max_steps": 60, "eval_strategy": "no", "per_device_train_batch_size": 16},
+        "teacher.fine_tune": {
+            "learning_rate": 3e-3,
+            "max_steps": 60,
+            "eval_strategy": "no",
+            "per_device_train_batch_size": 16,
+        },
         "student.hidden_size": 8,
         "student.classifier_size": 8,
         "augment.n_iter": 3,
@@ -185,7 +144,9 @@ def test_resume_keeps_finished_stages_and_adds_what_is_new(
     assert [entry["seed"] for entry in results_of(output)["models"][1]["runs"]] == [1, 2, 3]
 
 
-def test_interrupted_stage_is_not_taken_for_finished(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_stage_is_not_taken_for_finished(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "run"
     keys = settings(shared, output, seeds=[1], arms=["distilled"])
 
@@ -280,7 +241,9 @@ def test_given_teacher_is_used_as_it_is(shared: Path, tmp_path: Path) -> None:
     assert results["models"][0]["runs"][0]["test"] == expected
 
 
-def test_recorded_logits_can_be_shared_between_runs(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_logits_can_be_shared_between_runs(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = settings(shared, tmp_path / "run", teacher__fine_tune=None, seeds=[1], arms=["distilled"])
     keys |= {"teacher.model": str(shared / "run" / "teacher"), "teacher.logits_folder": str(tmp_path / "logits")}
     run("bilstm", keys | {"output": str(tmp_path / "one")})

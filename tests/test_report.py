@@ -68,7 +68,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_table_holds_means_spreads_and_ratios() -> None:
     rows = report.table(make_results())
-    assert [row[0] for row in rows[1:]] == [report.TITLES[name] for name in ("teacher", "hard", "distilled", "augmented")]
+    assert [row[0] for row in rows[1:]] == [
+        report.TITLES[name] for name in ("teacher", "hard", "distilled", "augmented")
+    ]
     assert rows[1][1] == "80.0"
     assert rows[2][1] == "62.0 ± 2.0"  # sample deviation of 60, 62, 64
     assert rows[4][2] == "95.0 %"  # 76 of 80
@@ -110,7 +112,9 @@ def test_best_student_is_chosen_on_dev_not_on_test() -> None:
     results = make_results()
     results["models"][1]["runs"][0]["dev"]["accuracy"] = 0.99
     assert report.best_student(results)["folder"] == "students/hard-seed1"
-    assert report.predict_line(Path("runs/x"), results).startswith("pydistill predict runs/x/students/hard-seed1 ")
+    assert report.predict_line(Path("runs/x"), results).startswith(
+        "pydistill predict runs/x/students/hard-seed1 'a fine film'"
+    )
 
 
 def test_single_seed_has_no_spread() -> None:

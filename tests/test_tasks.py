@@ -13,10 +13,19 @@ import pytest
 from pydistill.config import DataConfig
 from pydistill.data.tasks import DataError, Task, load_task
 
-ROWS = [("a good film", "pos"), ("a bad film", "neg"), ('so "fine"', "pos"), ("NA", "neg"), ("null", "pos"), ("dull", "neg")]
+ROWS = [
+    ("a good film", "pos"),
+    ("a bad film", "neg"),
+    ('so "fine"', "pos"),
+    ("NA", "neg"),
+    ("null", "pos"),
+    ("dull", "neg"),
+]
 
 
-def write(folder: Path, name: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...] = ("sentence", "label")) -> str:
+def write(
+    folder: Path, name: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...] = ("sentence", "label")
+) -> str:
     path = folder / name
     if path.suffix == ".tsv":
         lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in rows)]
@@ -118,7 +127,11 @@ def test_hub_sources_go_through_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "keys", "rule"),
     [
-        (ROWS, {"text_columns": ["sentense"]}, "there is no column 'sentense', the file has: sentence, label; did you mean"),
+        (
+            ROWS,
+            {"text_columns": ["sentense"]},
+            "there is no column 'sentense', the file has: sentence, label; did you mean",
+        ),
         (ROWS, {"label_column": "y"}, "data.label_column: there is no column 'y'"),
         (ROWS, {"filter": {"kind": "x"}}, "data.filter: there is no column 'kind'"),
         (ROWS, {"filter": {"label": "x"}}, "no row has label = 'x'; its values are 'neg', 'pos'"),
@@ -143,7 +156,9 @@ def test_what_is_refused(tmp_path: Path, rows: list[Any], keys: dict[str, Any], 
 
 def test_label_of_dev_that_train_does_not_have(tmp_path: Path) -> None:
     train, dev = write(tmp_path, "train.tsv", ROWS), write(tmp_path, "dev.tsv", [("odd", "neutral")])
-    with pytest.raises(DataError, match=r"dev.tsv: data.label_column: the label 'neutral' is not one of those of the training"):
+    with pytest.raises(
+        DataError, match=r"dev.tsv: data.label_column: the label 'neutral' is not one of those of the training"
+    ):
         load(train=train, dev=dev)
 
 

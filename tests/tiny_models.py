@@ -18,20 +18,20 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def tiny_bert(seed: int = 0, num_labels: int = 2, dropout: float = 0.0, layers: int = 1) -> Any:
     """A BERT classifier of a few thousand parameters, in training mode as its constructor leaves it."""
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(WORDS) + len(SPECIAL),
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
+    options: dict[str, Any] = {
+        "vocab_size": len(WORDS) + len(SPECIAL),
+        "hidden_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
         # The usual 0.02 makes logits of a tiny model indistinguishable.
-        initializer_range=0.5,
-        num_labels=num_labels,
-    )
-    return BertForSequenceClassification(config)
+        "initializer_range": 0.5,
+        "num_labels": num_labels,
+    }
+    return BertForSequenceClassification(BertConfig(**options))
 
 
 def tiny_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
@@ -66,7 +66,7 @@ def tiny_sentences(count: int, seed: int = 0, longest: int = 12) -> list[str]:
 
 
 def tiny_rows(count: int, seed: int = 0) -> Dataset:
-    """Tokenized sentences of different lengths with labels that a model can learn: which half the first word is of."""
+    """Tokenized sentences of different lengths; the label says of which half of the words the first is."""
     tokenizer = tiny_tokenizer()
     sentences = tiny_sentences(count, seed)
     encoded = tokenizer(sentences)

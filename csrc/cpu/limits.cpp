@@ -28,21 +28,22 @@ void stream(const float* a, const float* b, float* out, int64_t n) {
 
 double multiply_add(int64_t iterations) {
   constexpr int chains = 12;  // latency 4 times two units, and some to spare
-  Floats sums[chains];
-  for (Floats& s : sums) s = Floats::all(0);
-  Floats x = Floats::all(1.0001f), y = Floats::all(0.5f);
+  decltype(Floats::v) sums[chains];
+#pragma GCC unroll 12
+  for (int i = 0; i < chains; ++i) sums[i] = Floats::all(0).v;
+  const Floats x = Floats::all(1.0001f), y = Floats::all(0.5f);
   for (int64_t k = 0; k < iterations; ++k) {
 #pragma GCC unroll 12
     for (int i = 0; i < chains; ++i) {
-      sums[i] = fma(x, y, sums[i]);
+      sums[i] = fma(x, y, Floats{sums[i]}).v;
 #if defined(__x86_64__)
-      // Without the barrier the compiler sees twelve equal chains and keeps one.
-      asm volatile("" : "+v"(sums[i].v));
+      asm volatile("" : "+v"(sums[i]));  // or the compiler sees twelve equal chains and keeps one
 #endif
     }
   }
   volatile float sink = 0;
-  for (const Floats& s : sums) sink = sink + sum(s);
+#pragma GCC unroll 12
+  for (int i = 0; i < chains; ++i) sink = sink + sum(Floats{sums[i]});
   return 2.0 * chains * Floats::width * static_cast<double>(iterations);
 }
 

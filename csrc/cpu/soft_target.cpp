@@ -8,12 +8,12 @@
 // Jensen-Shannon divergence (arXiv 2306.13649) has the gradient (1 - b) q (log(q / m) - KL(q||m)) / T.
 //
 // A row is walked in chunks that fit the first-level cache. The reference is the maximum of the first chunk; it is kept
-// until a later value exceeds it by so much that a sum leaves the safe range (then that chunk is done again), which saves
-// a pass over memory for the maximum. Exponentials stay in a per-thread buffer in the second-level cache, from which a
-// second walk writes the gradient. So memory sees two reads and one write per element.
+// until a later value exceeds it by so much that a sum leaves the safe range, which saves a pass over memory for the
+// maximum. The teacher's exponentials wait in a per-thread buffer in the second-level cache, the student's where the
+// gradient will be, and a second walk writes it. So memory sees two reads and one write per element.
 //
-// Rows that hold -inf (classes ruled out), NaN, or overflow the fast walk are done by the careful one: exact maxima first,
-// and no term for a class of probability 0.
+// A chunk that outgrows its reference, or holds inf or NaN (classes ruled out have logits of -inf), is done once more with
+// the chunk's own maximum and without terms for classes of probability 0.
 
 #include "soft_target.h"
 
@@ -26,8 +26,9 @@ namespace {
 constexpr int64_t chunk = 1024;
 constexpr int64_t narrow_classes = 16;  // up to here, one row per vector lane
 constexpr double log2e = 1.4426950408889634;
-// A chunk's sum of exponentials above this moves the reference. 2^24 leaves room for the fourth power (T = 4).
-constexpr double safe_sum = 16777216.0;
+// A chunk's sum of exponentials above this moves the reference. 2^24 leaves room for the fourth power (T = 4), which stays
+// below the second limit; at other temperatures the exponentials at T = 1 may be the ones that grow.
+constexpr double safe_sum = 16777216.0, most_hard = 1e30;
 
 // How the hard-label term gets its exponentials e^(s - r) at T = 1 from those at the loss's temperature.
 enum class Hard { none, power1, power2, power4, own };
@@ -82,114 +83,126 @@ struct Sums {
 // What a row leaves behind for its second walk, in the thread's scratch memory.
 template <class F>
 struct Buffers {
-  F *teacher, *student, *hard;       // [classes + padding] each
-  F *teacher_reference, *student_reference;  // [chunks] each
+  F *teacher, *student, *hard;               // [classes + padding] each
+  F* saved;                                  // [chunk]: the student's logits, which their exponentials may overwrite
+  F *teacher_reference, *student_reference;  // [chunks] each; -inf for a chunk with nothing but -inf up to its end
 
   static size_t row_elements(int64_t classes) { return (classes + 63) / 64 * 64 + 64; }
   static size_t chunks(int64_t classes) { return (classes + chunk - 1) / chunk; }
-  static size_t bytes(int64_t classes) { return (3 * row_elements(classes) + 2 * chunks(classes)) * sizeof(F); }
+  static size_t bytes(int64_t classes) {
+    return (3 * row_elements(classes) + chunk + 2 * chunks(classes)) * sizeof(F);
+  }
   Buffers(void* scratch, int64_t classes) {
     // Staggered by a cache line, so that the three streams do not fall into the same sets.
     teacher = static_cast<F*>(scratch);
     student = teacher + row_elements(classes) + 16;
     hard = student + row_elements(classes) + 16;
-    teacher_reference = teacher + 3 * row_elements(classes);
+    saved = teacher + 3 * row_elements(classes);
+    teacher_reference = saved + chunk;
     student_reference = teacher_reference + chunks(classes);
   }
 };
 
-// First walk over one chunk of n classes: exponentials into the buffers, their sums returned.
+// First walk over one chunk of n classes: exponentials out, their sums returned. `careful` leaves classes of probability 0
+// out of products that would be 0 * inf. `out_student` may be where `student` is.
 template <class V, class S, Divergence D, Hard H, bool careful>
 __attribute__((noinline)) Sums first_walk(const S* teacher, const S* student, int64_t n, typename V::scalar teacher_reference,
-                           typename V::scalar student_reference, double temperature, typename V::scalar* b_teacher,
-                           typename V::scalar* b_student, typename V::scalar* b_hard) {
+                                          typename V::scalar student_reference, double temperature,
+                                          typename V::scalar* out_teacher, typename V::scalar* out_student,
+                                          typename V::scalar* out_hard, typename V::scalar* saved) {
   using F = typename V::scalar;
   constexpr int width = V::width;
   const V zero = V::all(0), scale = V::all(static_cast<F>(log2e / temperature)), unit = V::all(static_cast<F>(log2e));
   const V ref_t = V::all(teacher_reference), ref_s = V::all(student_reference);
-  V sum_t[2] = {zero, zero}, sum_s[2] = {zero, zero}, sum_a[2] = {zero, zero}, sum_h[2] = {zero, zero};
+  V sum_t = zero, sum_s = zero, sum_a = zero, sum_h = zero;
 
-  const auto step = [&](int64_t i, V t, V s, int k, int64_t lanes) PYD_INLINE_LAMBDA {
+  const auto step = [&](int64_t i, V t, V s, int64_t lanes) PYD_INLINE_LAMBDA {
+    s.store(saved + i);
     if constexpr (D == Divergence::mse) {
       V d = careful ? where_equal(s, t, zero, s - t) : s - t;
       if (lanes < width) d = keep_first(d, lanes);
-      sum_a[k] = fma(d, d, sum_a[k]);
-      d.store(b_teacher + i);
+      sum_a = fma(d, d, sum_a);
+      d.store(out_teacher + i);
     }
     if constexpr (D != Divergence::mse || H != Hard::none) {
       const V ds = s - ref_s;
       V es = exp2(ds * scale);
       if (lanes < width) es = keep_first(es, lanes);
-      sum_s[k] = sum_s[k] + es;
-      es.store(b_student + i);
-      if constexpr (H == Hard::power2 || H == Hard::power4) sum_h[k] = sum_h[k] + power(es, H);
+      sum_s = sum_s + es;
+      if (lanes < width)
+        es.store_part(out_student + i, lanes);
+      else
+        es.store(out_student + i);
+      if constexpr (H == Hard::power2 || H == Hard::power4) sum_h = sum_h + power(es, H);
       if constexpr (H == Hard::own) {
         V eh = exp2(ds * unit);
         if (lanes < width) eh = keep_first(eh, lanes);
-        sum_h[k] = sum_h[k] + eh;
-        eh.store(b_hard + i);
+        sum_h = sum_h + eh;
+        eh.store(out_hard + i);
       }
       if constexpr (D != Divergence::mse) {
         const V dt = t - ref_t;
         V et = exp2(dt * scale);
         if (lanes < width) et = keep_first(et, lanes);
-        sum_t[k] = sum_t[k] + et;
+        sum_t = sum_t + et;
         if constexpr (D == Divergence::forward_kl || D == Divergence::cross_entropy) {
           V d = D == Divergence::forward_kl ? dt - ds : ds;
           if (careful) d = where_positive(et, d, zero);
-          sum_a[k] = fma(et, d, sum_a[k]);
+          sum_a = fma(et, d, sum_a);
         }
         if constexpr (D == Divergence::reverse_kl) {
           V d = ds - dt;
           if (careful) d = where_positive(es, d, zero);
-          sum_a[k] = fma(es, d, sum_a[k]);
-          d.store(b_teacher + i);  // the gradient needs the log ratio, not the teacher's exponential
+          sum_a = fma(es, d, sum_a);
+          d.store(out_teacher + i);  // the gradient needs the log ratio, not the teacher's exponential
         } else {
-          et.store(b_teacher + i);
+          et.store(out_teacher + i);
         }
       }
     }
   };
 
+  constexpr int64_t ahead = 16384 / sizeof(S);  // far enough for memory to answer, into the second-level cache
   int64_t i = 0;
-  for (; i + 2 * width <= n; i += 2 * width) {
-    // The next chunk, while this one is computed: hardware prefetchers stop at page boundaries.
-    __builtin_prefetch(teacher + i + chunk);
-    __builtin_prefetch(student + i + chunk);
-    if constexpr (2 * width * sizeof(S) > 64) {
-      __builtin_prefetch(teacher + i + chunk + width);
-      __builtin_prefetch(student + i + chunk + width);
-    }
-    step(i, V::load(teacher + i), V::load(student + i), 0, width);
-    step(i + width, V::load(teacher + i + width), V::load(student + i + width), 1, width);
+  for (; i + width <= n; i += width) {
+    __builtin_prefetch(teacher + i + ahead, 0, 2);
+    __builtin_prefetch(student + i + ahead, 0, 2);
+    step(i, V::load(teacher + i), V::load(student + i), width);
   }
-  for (; i + width <= n; i += width) step(i, V::load(teacher + i), V::load(student + i), 0, width);
-  if (i < n) {
-    // Lanes past the end hold the references: differences 0, exponentials dropped by keep_first.
-    step(i, V::load_part(teacher + i, n - i, teacher_reference), V::load_part(student + i, n - i, student_reference), 1,
-         n - i);
-  }
-  return {sum(sum_t[0] + sum_t[1]), sum(sum_s[0] + sum_s[1]), sum(sum_a[0] + sum_a[1]), sum(sum_h[0] + sum_h[1])};
+  // Lanes past the end hold the references: differences 0, exponentials dropped by keep_first.
+  if (i < n)
+    step(i, V::load_part(teacher + i, n - i, teacher_reference), V::load_part(student + i, n - i, student_reference), n - i);
+  return {sum(sum_t), sum(sum_s), sum(sum_a), sum(sum_h)};
 }
 
-// All of a row's first walk. Returns false where the fast walk met something it cannot do.
-template <class V, class S, Divergence D, Hard H, bool careful>
-bool exponentials(const S* teacher, const S* student, int64_t classes, double temperature,
-                  const Buffers<typename V::scalar>& b, Sums& total, typename V::scalar& ref_t, typename V::scalar& ref_s) {
+// One side's reference, moved up to `top`: returns by how much (0 where there was none to move).
+template <class F>
+PYD_INLINE double move_reference(F& reference, F top) {
+  const F old = reference;
+  if (!(top > reference)) return 0;
+  reference = top;
+  return old == -static_cast<F>(__builtin_inf()) ? 0 : double(old) - top;
+}
+
+// All of a row's first walk: exponentials in the buffers and in `exp_student`, sums in `total`.
+template <class V, class S, Divergence D, Hard H>
+void exponentials(const S* teacher, const S* student, int64_t classes, double temperature,
+                  const Buffers<typename V::scalar>& b, typename V::scalar* exp_student, Sums& total,
+                  typename V::scalar& ref_t, typename V::scalar& ref_s) {
   using F = typename V::scalar;
-  constexpr bool needs_teacher = D != Divergence::mse, needs_student = D != Divergence::mse || H != Hard::none;
-  const int64_t seen = careful || classes < chunk ? classes : chunk;
-  ref_t = needs_teacher ? max_of<V>(teacher, seen) : F(0);
-  ref_s = needs_student ? max_of<V>(student, seen) : F(0);
+  const F unset = -__builtin_inf();
+  const int64_t head = classes < chunk ? classes : chunk;
+  ref_t = D == Divergence::mse ? F(0) : max_of<V>(teacher, head);
+  ref_s = D == Divergence::mse && H == Hard::none ? F(0) : max_of<V>(student, head);
   total = Sums{};
   for (int64_t k = 0, low = 0; low < classes; ++k, low += chunk) {
     const int64_t n = classes - low < chunk ? classes - low : chunk;
-    Sums part = first_walk<V, S, D, H, careful>(teacher + low, student + low, n, ref_t, ref_s, temperature, b.teacher + low,
-                                                b.student + low, b.hard + low);
-    if constexpr (!careful) if (!(part.teacher <= safe_sum && part.student <= safe_sum)) {
-      const F top_t = max_of<V>(teacher + low, n), top_s = max_of<V>(student + low, n);
-      const F new_t = needs_teacher && top_t > ref_t ? top_t : ref_t, new_s = top_s > ref_s ? top_s : ref_s;
-      const double shift_t = double(ref_t) - new_t, shift_s = double(ref_s) - new_s;
+    Sums part = first_walk<V, S, D, H, false>(teacher + low, student + low, n, ref_t, ref_s, temperature, b.teacher + low,
+                                              exp_student + low, b.hard + low, b.saved);
+    // Not so where a later maximum outgrew its reference, and where there is inf or NaN.
+    if (!(part.teacher <= safe_sum && part.student <= safe_sum && part.hard <= most_hard && finite(part.product))) {
+      const double shift_t = D == Divergence::mse ? 0 : move_reference(ref_t, max_of<V>(teacher + low, n));
+      const double shift_s = D == Divergence::mse && H == Hard::none ? 0 : move_reference(ref_s, max_of<V>(b.saved, n));
       const double factor_t = __builtin_exp2(shift_t * log2e / temperature);
       const double factor_s = __builtin_exp2(shift_s * log2e / temperature);
       if (D == Divergence::forward_kl) total.product = factor_t * (total.product + total.teacher * (shift_t - shift_s));
@@ -198,10 +211,11 @@ bool exponentials(const S* teacher, const S* student, int64_t classes, double te
       total.teacher *= factor_t;
       total.student *= factor_s;
       total.hard *= __builtin_exp2(shift_s * log2e);
-      ref_t = new_t;
-      ref_s = new_s;
-      part = first_walk<V, S, D, H, careful>(teacher + low, student + low, n, ref_t, ref_s, temperature, b.teacher + low,
-                                             b.student + low, b.hard + low);
+      S again[chunk];  // the walk may have overwritten the logits themselves; the way back to S is exact
+      for (int64_t i = 0; i < n; ++i) narrow(b.saved[i], again[i]);
+      part = first_walk<V, S, D, H, true>(teacher + low, again, n, ref_t == unset ? F(0) : ref_t,
+                                          ref_s == unset ? F(0) : ref_s, temperature, b.teacher + low, exp_student + low,
+                                          b.hard + low, b.saved);
     }
     b.teacher_reference[k] = ref_t;
     b.student_reference[k] = ref_s;
@@ -211,25 +225,27 @@ bool exponentials(const S* teacher, const S* student, int64_t classes, double te
     total.hard += part.hard;
   }
   if (H == Hard::power1) total.hard = total.student;
-  return finite(total.product) && finite(total.teacher) && finite(total.student);
 }
 
-// JSD's middle walk: log(q / m) into the teacher's buffer, KL(p||m) and KL(q||m) returned.
+// JSD's middle walk: log(q / m) over the teacher's buffer, KL(p||m) and KL(q||m) added up.
 template <class V>
-void jsd_walk(int64_t n, typename V::scalar factor_t, typename V::scalar factor_s, double beta, typename V::scalar* b_teacher,
-              const typename V::scalar* b_student, double& kl_p, double& kl_q) {
+void jsd_walk(int64_t n, typename V::scalar factor_t, typename V::scalar factor_s, double beta, typename V::scalar* e_teacher,
+              const typename V::scalar* e_student, double& kl_p, double& kl_q) {
   using F = typename V::scalar;
-  const V one_beta = V::all(static_cast<F>(beta)), tiny = V::all(static_cast<F>(1e-37));
+  const V v_beta = V::all(static_cast<F>(beta)), tiny = V::all(static_cast<F>(1e-37));
   const V vt = V::all(factor_t), vs = V::all(factor_s);
   V sum_p = V::all(0), sum_q = V::all(0);
-  for (int64_t i = 0; i < n; i += V::width) {  // buffers are padded with zeros of probability
-    const V p = vt * V::load(b_teacher + i), q = vs * V::load(b_student + i);
-    const V m = max(fma(one_beta, p - q, q), tiny);  // so written, m is q exactly where p is q
+  const auto step = [&](int64_t i, V es) PYD_INLINE_LAMBDA {
+    const V p = vt * V::load(e_teacher + i), q = vs * es;
+    const V m = max(fma(v_beta, p - q, q), tiny);  // so written, m is q exactly where p is q
     const V log_p = log(max(p / m, tiny)), log_q = log(max(q / m, tiny));
     sum_p = fma(p, log_p, sum_p);
     sum_q = fma(q, log_q, sum_q);
-    log_q.store(b_teacher + i);
-  }
+    log_q.store(e_teacher + i);
+  };
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) step(i, V::load(e_student + i));
+  if (i < n) step(i, V::load_part(e_student + i, n - i, 0));
   kl_p += sum(sum_p);
   kl_q += sum(sum_q);
 }
@@ -243,13 +259,19 @@ double row(const SoftTargetArgs& a, const S* teacher, const S* student, S* grad,
   using F = typename V::scalar;
   const int64_t classes = a.classes;
   const double T = a.temperature;
+  const double label_logit = H == Hard::none ? 0 : widen(student[label]);
+  // The student's exponentials wait where the gradient will be: those lines have to be brought into the cache anyway, and
+  // one stream less passes through it. Only full-precision storage can hold them.
+  F* exp_student = b.student;
+  if constexpr (sizeof(S) == sizeof(F))
+    if (grad != nullptr) exp_student = grad;
   Sums z;
   F ref_t, ref_s;
-  if (!exponentials<V, S, D, H, false>(teacher, student, classes, T, b, z, ref_t, ref_s))
-    exponentials<V, S, D, H, true>(teacher, student, classes, T, b, z, ref_t, ref_s);
+  exponentials<V, S, D, H>(teacher, student, classes, T, b, exp_student, z, ref_t, ref_s);
 
   const auto chunk_scale = [&](F reference, F final_reference) {
-    return __builtin_exp2((double(reference) - final_reference) * log2e / T);
+    return reference == -static_cast<F>(__builtin_inf()) ? 0
+                                                         : __builtin_exp2((double(reference) - final_reference) * log2e / T);
   };
   double divergence = 0, kl_q = 0;
   if constexpr (D == Divergence::forward_kl)
@@ -264,67 +286,70 @@ double row(const SoftTargetArgs& a, const S* teacher, const S* student, S* grad,
       const int64_t n = classes - low < chunk ? classes - low : chunk;
       jsd_walk<V>(n, static_cast<F>(chunk_scale(b.teacher_reference[k], ref_t) / z.teacher),
                   static_cast<F>(chunk_scale(b.student_reference[k], ref_s) / z.student), a.jsd_beta, b.teacher + low,
-                  b.student + low, kl_p, kl_q);
+                  exp_student + low, kl_p, kl_q);
     }
     divergence = at_least_zero(a.jsd_beta * kl_p + (1 - a.jsd_beta) * kl_q);
   }
   double value = a.soft_value * divergence;
-  if constexpr (H != Hard::none) value += a.hard_value * (__builtin_log(z.hard) - (double(widen(student[label])) - ref_s));
+  if constexpr (H != Hard::none) value += a.hard_value * (__builtin_log(z.hard) - (label_logit - ref_s));
   if (grad == nullptr) return value;
 
   for (int64_t k = 0, low = 0; low < classes; ++k, low += chunk) {
     const int64_t n = classes - low < chunk ? classes - low : chunk;
-    const F *e_t = b.teacher + low, *e_s = b.student + low, *e_h = b.hard + low;
-    const double shift_s = chunk_scale(b.student_reference[k], ref_s);
-    const V hard = V::all(
-        H == Hard::none ? F(0)
-                        : static_cast<F>(a.hard_grad / z.hard *
-                                         __builtin_exp2((double(b.student_reference[k]) - ref_s) * log2e)));
-    // Soft factors: of the first buffer, of the second, and an offset, as each divergence uses them.
+    const F *e_t = b.teacher + low, *e_s = exp_student + low, *e_h = b.hard + low;
+    const F chunk_t = b.teacher_reference[k], chunk_s = b.student_reference[k];
+    const double factor_s = chunk_scale(chunk_s, ref_s);
+    // Factor of the first buffer, of the second, and an offset, as each divergence uses them.
     F first = 0, second = 0, offset = 0;
     if constexpr (D == Divergence::forward_kl || D == Divergence::cross_entropy) {
-      first = static_cast<F>(a.soft_grad / T / z.teacher * chunk_scale(b.teacher_reference[k], ref_t));
-      second = static_cast<F>(a.soft_grad / T / z.student * shift_s);
+      first = static_cast<F>(a.soft_grad / T / z.teacher * chunk_scale(chunk_t, ref_t));
+      second = static_cast<F>(a.soft_grad / T / z.student * factor_s);
     }
     if constexpr (D == Divergence::reverse_kl) {
       first = static_cast<F>(1 / T);
-      second = static_cast<F>(a.soft_grad / T / z.student * shift_s);
-      const double moved = (double(b.student_reference[k]) - ref_s) - (double(b.teacher_reference[k]) - ref_t);
-      offset = static_cast<F>(moved / T - __builtin_log(z.student) + __builtin_log(z.teacher) - divergence);
+      second = static_cast<F>(a.soft_grad / T / z.student * factor_s);
+      const double moved = (double(chunk_s) - ref_s) - (double(chunk_t) - ref_t);
+      offset = static_cast<F>((finite(moved) ? moved : 0) / T - __builtin_log(z.student) + __builtin_log(z.teacher) -
+                              divergence);
     }
     if constexpr (D == Divergence::jsd) {
-      second = static_cast<F>(a.soft_grad * (1 - a.jsd_beta) / T / z.student * shift_s);
+      second = static_cast<F>(a.soft_grad * (1 - a.jsd_beta) / T / z.student * factor_s);
       offset = static_cast<F>(-kl_q);
     }
     if constexpr (D == Divergence::mse) first = static_cast<F>(2 * a.soft_grad);
-    const V v_first = V::all(first), v_second = V::all(second), v_offset = V::all(offset);
+    F hard = 0;
+    if constexpr (H != Hard::none)
+      hard = static_cast<F>(a.hard_grad / z.hard * (factor_s == 0 ? 0 : __builtin_exp2((double(chunk_s) - ref_s) * log2e)));
+    const V v_first = V::all(first), v_second = V::all(second), v_offset = V::all(offset), v_hard = V::all(hard);
 
-    const auto gradient = [&](int64_t i) PYD_INLINE_LAMBDA -> V {
+    const auto gradient = [&](int64_t i, V es) PYD_INLINE_LAMBDA -> V {
       const V x = V::load(e_t + i);
       V g;
-      if constexpr (D == Divergence::forward_kl || D == Divergence::cross_entropy)
-        g = fnma(v_first, x, v_second * V::load(e_s + i));
-      if constexpr (D == Divergence::reverse_kl) g = v_second * V::load(e_s + i) * fma(v_first, x, v_offset);
-      if constexpr (D == Divergence::jsd) g = v_second * V::load(e_s + i) * (x + v_offset);
+      if constexpr (D == Divergence::forward_kl || D == Divergence::cross_entropy) g = fnma(v_first, x, v_second * es);
+      if constexpr (D == Divergence::reverse_kl) g = v_second * es * fma(v_first, x, v_offset);
+      if constexpr (D == Divergence::jsd) g = v_second * es * (x + v_offset);
       if constexpr (D == Divergence::mse) g = v_first * x;
-      if constexpr (H == Hard::own) g = fma(hard, V::load(e_h + i), g);
-      if constexpr (H == Hard::power1 || H == Hard::power2 || H == Hard::power4)
-        g = fma(hard, power(V::load(e_s + i), H), g);
+      if constexpr (H == Hard::own) g = fma(v_hard, V::load(e_h + i), g);
+      if constexpr (H == Hard::power1 || H == Hard::power2 || H == Hard::power4) g = fma(v_hard, power(es, H), g);
       return g;
     };
-    S* out = grad + low;
-    int64_t i = 0;
-    for (; i + V::width <= n; i += V::width) gradient(i).store(out + i);
-    if (i < n) gradient(i).store_part(out + i, n - i);
+    // The label's own element is taken before its rounding to the storage type, which happens once.
+    const int64_t at = label - low;
+    F at_label = 0;
     if constexpr (H != Hard::none) {
-      if (label >= low && label < low + n) {
-        // The label's own element, taken before its rounding to the storage type: that happens once, here.
+      if (at >= 0 && at < n) {
         F lanes[V::width];
-        const int64_t at = label - low, base = at / V::width * V::width;
-        gradient(base).store(lanes);
-        narrow(static_cast<F>(lanes[at - base] - a.hard_grad), out[at]);
+        const int64_t base = at / V::width * V::width, rest = n - base;
+        gradient(base, rest < V::width ? V::load_part(e_s + base, rest, 0) : V::load(e_s + base)).store(lanes);
+        at_label = static_cast<F>(lanes[at - base] - a.hard_grad);
       }
     }
+    S* out = grad + low;
+    int64_t i = 0;
+    for (; i + V::width <= n; i += V::width) gradient(i, V::load(e_s + i)).store(out + i);
+    if (i < n) gradient(i, V::load_part(e_s + i, n - i, 0)).store_part(out + i, n - i);
+    if constexpr (H != Hard::none)
+      if (at >= 0 && at < n) narrow(at_label, out[at]);
   }
   return value;
 }

@@ -48,6 +48,12 @@ def plain_loss(student: Tensor, teacher: Tensor, labels: Tensor | None, hard_wei
     return hard_weight * F.cross_entropy(student, labels) + (1 - hard_weight) * soft
 
 
+def compiled_loss() -> Callable[..., Tensor]:
+    """plain_loss through torch.compile, afresh: Inductor bakes shapes and the thread count into its code."""
+    torch._dynamo.reset()
+    return torch.compile(plain_loss, dynamic=False)
+
+
 class HandOut(torch.autograd.Function):
     """A layer that costs nothing: hands out a preallocated buffer as its output and keeps the gradient it
     receives.
@@ -239,9 +245,7 @@ def measure(
             torch.set_num_threads(count)
             for dtype in dtypes:
                 for rows, classes in sizes:
-                    # Inductor bakes shapes and the thread count into what it compiles.
-                    torch._dynamo.reset()
-                    compiled = torch.compile(plain_loss, dynamic=False)
+                    compiled = compiled_loss() if "compile" in providers else plain_loss
                     problem = Problem.random(rows, classes, DTYPES[dtype])
                     found = {
                         workload: gate(problem, WORKLOADS[workload], providers, compiled)

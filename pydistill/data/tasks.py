@@ -154,7 +154,9 @@ def _checked(
             raise DataError(f"{source}: {key}: there is no column {column!r}, the file has: {listed}{hint}")
     for column in config.text_columns:
         if column in RESERVED:
-            raise DataError(f"{source}: data.text_columns: {column!r} is a name that the recipes use; rename the column")
+            raise DataError(
+                f"{source}: data.text_columns: {column!r} is a name that the recipes use; rename the column"
+            )
     for column, value in config.filter.items():
         kept = frame[frame[column].astype(str) == value]
         if kept.empty and len(frame):
@@ -181,7 +183,9 @@ def _as_integer(value: Any) -> int | None:
     return int(number) if number.is_integer() else None
 
 
-def _label_names(labels: Iterable[Any], names: Sequence[str] | None, config: DataConfig) -> tuple[tuple[str, ...], bool]:
+def _label_names(
+    labels: Iterable[Any], names: Sequence[str] | None, config: DataConfig
+) -> tuple[tuple[str, ...], bool]:
     if names is not None:
         if len(set(names)) != len(names):
             raise DataError(f"{config.train}: data.labels: must not repeat a name, got {list(names)}")

@@ -73,17 +73,20 @@ def _divergence(student: Tensor, teacher: Tensor, divergence: str, jsd_beta: flo
 def _divergence_of_log_probs(log_q: Tensor, log_p: Tensor, divergence: str, jsd_beta: float) -> Tensor:
     """Between teacher p and student q, per row: [*, C], [*, C] -> [*]. A class of probability 0 contributes 0."""
     p, q = log_p.exp(), log_q.exp()
+    # Compared with 0 for equality, so that NaN stays NaN.
     if divergence == "forward_kl":
-        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     if divergence == "cross_entropy":
-        return -torch.where(p > 0, p * log_q, 0.0).sum(-1)
+        return -torch.where(p == 0, 0.0, p * log_q).sum(-1)
+    # A factor is made finite before it is multiplied, for the derivative of the product uses it as it stands.
     if divergence == "reverse_kl":
-        # The log ratio is made finite before it meets q, for the derivative of the product uses it as it stands.
-        return (q * torch.where(q > 0, log_q - log_p, 0.0)).sum(-1)
-    mixture = jsd_beta * p + (1 - jsd_beta) * q
-    log_mixture = torch.where(mixture > 0, mixture, 1.0).log()
-    teacher_part = p * torch.where(p > 0, log_p - log_mixture, 0.0)
-    student_part = q * torch.where(q > 0, log_q - log_mixture, 0.0)
+        return (q * torch.where(q == 0, 0.0, log_q - log_p)).sum(-1)
+    mixture = q + jsd_beta * (p - q)  # so written, it is q exactly where p is q
+    # Below the smallest normal number the derivative of a logarithm overflows, and the class weighs nothing.
+    tiny = torch.finfo(p.dtype).tiny
+    log_mixture = mixture.clamp(min=tiny).log()
+    teacher_part = p * (p.clamp(min=tiny).log() - log_mixture)
+    student_part = q * (q.clamp(min=tiny).log() - log_mixture)
     return (jsd_beta * teacher_part + (1 - jsd_beta) * student_part).sum(-1)
 
 
@@ -105,7 +108,7 @@ def _reduce(row_loss: Tensor, valid: Tensor | None, reduction: str, num_items: f
     if reduction == "sum":
         return total
     if num_items is not None:
-        return total / num_items
+        return total / (num_items.reshape(()) if isinstance(num_items, Tensor) else num_items)
     count: float | Tensor = row_loss.numel() if valid is None else valid.sum()
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
@@ -215,10 +218,6 @@ def _check_inplace(student_logits: Tensor, impl: str) -> None:
 
 # --------------------------------------------------------------------------- the compiled op
 
-# Order of the op's arguments after the two logits, see csrc/ops.cpp.
-_Options = tuple[Tensor | None, Tensor | None, Tensor | None, str, float, float, float, bool, int, str, bool]
-
-
 def _register() -> None:
     """Fake kernels and autograd of the compiled op. Autograd is written once, for every backend."""
 
@@ -257,7 +256,7 @@ def _register() -> None:
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """`gradient` times the incoming gradient, a 0-d tensor or one value per row."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if type(gradient) is not Tensor:  # traced by a compiler, which plans memory and fuses the product itself
         return (gradient * (scale if scale.dim() == 0 else scale.unsqueeze(-1))).to(gradient.dtype)
     if torch.is_grad_enabled():
         _fail(
@@ -392,8 +391,8 @@ def soft_target_loss(
     if num_items is not None and not isinstance(num_items, Tensor):
         num_items = torch.full((), num_items, dtype=torch.float64, device=student_logits.device)
     options = (
-        labels,
-        mask,
+        None if labels is None else labels.long(),
+        None if mask is None else mask.bool(),
         num_items,
         divergence,
         float(temperature),

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -41,10 +41,11 @@ from transformers import (
 )
 
 from pydistill import SoftTarget, _dispatch
+from pydistill.config import Arm, OptimizerSection
 from pydistill.data.augment import AugmentConfig, augment_dataset
 from pydistill.distiller import Distiller
 from pydistill.inference import predict_logits
-from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, quiet
+from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, duration, quiet
 from pydistill.report import (
     METRICS_FILE,
     REPORT_FILE,
@@ -192,7 +193,9 @@ def _fine_tune(plan: Plan, folder: Path, scratch: Path) -> int:
         split: task.splits[split].map(encode, batched=True, remove_columns=list(task.text_columns))
         for split in ("train", "dev")
     }
-    arguments = _arguments(config.teacher.fine_tune, scratch, config.teacher.fine_tune_seed, config.metric)
+    # Mixed precision: the weights and the optimizer stay in float32.
+    block = {"bf16": plan.dtype == torch.bfloat16} | config.teacher.fine_tune
+    arguments = _arguments(block, scratch, config.teacher.fine_tune_seed, config.metric)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -216,6 +219,7 @@ def _arguments(block: Mapping[str, Any], scratch: Path, seed: int, metric: str) 
         "logging_steps": 100,
         "report_to": "none",
         "disable_tqdm": True,  # Progress below says it in a line
+        "use_cpu": not torch.cuda.is_available(),  # otherwise bf16 is taken for a GPU's and refused
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if block.get("eval_strategy", "epoch") != "no":
@@ -236,7 +240,12 @@ class Progress(TrainerCallback):
         self.metric = metric
         self.loss = ""
         self.score = ""
-        self.shown = 0.0
+        self.shown = time.monotonic()
+        self.started = (0, 0.0)  # step, time: a resumed training starts in the middle
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock of the time that is left."""
+        self.started = (state.global_step, time.monotonic())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -248,16 +257,17 @@ class Progress(TrainerCallback):
         evaluated = f"eval_{self.metric}" in logs
         if evaluated:
             self.score = f"  dev {self.metric} {100 * logs[f'eval_{self.metric}']:.1f} %"
-        line = f"  step {state.global_step:,}/{state.max_steps:,}{self.loss}{self.score}"
+        step, since = self.started
+        pace = (time.monotonic() - since) / max(1, state.global_step - step)
+        left = f"  {duration(pace * (state.max_steps - state.global_step))} left"
+        line = f"  step {state.global_step:,}/{state.max_steps:,}{self.loss}{self.score}{left}"
         if sys.stdout.isatty():
             print(f"\r{line}\x1b[K", end="", flush=True)
         elif evaluated or time.monotonic() - self.shown > 30:
             print(line, flush=True)
             self.shown = time.monotonic()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the last line standing."""
         if sys.stdout.isatty():
             print(flush=True)
@@ -316,7 +326,13 @@ def _augment(plan: Plan, stages: Stages) -> Dataset:
 
     def make(folder: Path) -> int:
         config = AugmentConfig(**section.model_dump(exclude={"workers"}))
-        rows = augment_dataset(plan.task.splits["train"], plan.task.text_columns, config, num_proc=section.workers, progress=sys.stderr.isatty())
+        rows = augment_dataset(
+            plan.task.splits["train"],
+            plan.task.text_columns,
+            config,
+            num_proc=section.workers,
+            progress=sys.stderr.isatty(),
+        )
         rows.save_to_disk(folder / "rows")
         return len(rows)
 
@@ -336,7 +352,7 @@ def _label(plan: Plan, stages: Stages, teacher: TeacherHandle, name: str, rows: 
             text_columns=columns,
             output=kept or stages.scratch(f"transfer/{name}-logits"),
             batch_size_tokens=config.batch_tokens,
-            dtype=getattr(torch, config.label_dtype),
+            dtype=plan.dtype,
             max_length=config.max_length,
             progress=sys.stderr.isatty(),
         )
@@ -377,7 +393,7 @@ def _train_students(
     folders: dict[str, dict[int, Path]] = {}
     encoded: dict[str, Dataset] = {}
 
-    def rows_of(arm: str) -> Dataset:
+    def rows_of(arm: Arm) -> Dataset:
         for part in {"hard": ["plain"], "distilled": ["train"], "augmented": ["train", "augmented"]}[arm]:
             if part not in encoded:
                 encoded[part] = _encode(plan, tokenizer, train if part == "plain" else transfer[part])
@@ -389,7 +405,7 @@ def _train_students(
     for arm in config.arms:
         for seed in config.seeds:
 
-            def make(folder: Path, arm: str = arm, seed: int = seed) -> int:
+            def make(folder: Path, arm: Arm = arm, seed: int = seed) -> int:
                 student = _new_student(plan, tokenizer, vectors, seed)
                 scratch = stages.scratch(f"students/{arm}-seed{seed}")
                 return _train(plan, arm, seed, student, tokenizer, rows_of(arm), dev, folder, scratch)
@@ -451,7 +467,7 @@ def _encode(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Da
 
 def _train(
     plan: Plan,
-    arm: str,
+    arm: Arm,
     seed: int,
     student: BiLSTMForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
@@ -467,8 +483,7 @@ def _train(
         distiller = Distiller(student, RecordedTeacher(), SoftTarget(**config.objective.model_dump()))
     block = config.train | config.train_per_arm.get(arm, {})
     arguments = _arguments(block, scratch, seed, config.metric)
-    section = config.optimizer
-    optimizer = OptimizerConfig(section.name, block.get("learning_rate"), section.rho, section.eps)
+    optimizer = _optimizer(config.optimizer, block, arguments)
     trainer = DistillationTrainer(
         distiller,
         arguments,
@@ -498,6 +513,18 @@ def _train(
     return state.global_step
 
 
+def _optimizer(
+    section: OptimizerSection, block: Mapping[str, Any], arguments: TrainingArguments
+) -> OptimizerConfig | None:
+    """Return AdaDelta with the run's learning rate (1.0 where none is given); None is the AdamW of ``arguments``."""
+    if section.name == "adadelta":
+        return OptimizerConfig("adadelta", block.get("learning_rate"), section.rho, section.eps)
+    # TrainingArguments' own AdamW is the fused one: ten times faster on tables of word vectors.
+    if section.eps is not None:
+        arguments.adam_epsilon = section.eps
+    return None
+
+
 def _evaluate(
     plan: Plan, stages: Stages, teacher: TeacherHandle, students: Mapping[str, Mapping[int, Path]]
 ) -> dict[str, Any]:
@@ -519,7 +546,9 @@ def _evaluate(
     run_of_teacher |= measure(teacher.model, teacher.tokenizer, config.teacher.max_length)
     models = [
         {"name": "teacher", "runs": [run_of_teacher]}
-        | _costs(teacher.model, teacher.tokenizer, Path(teacher.source), rows[split], config.teacher.max_length, "teacher")
+        | _costs(
+            teacher.model, teacher.tokenizer, Path(teacher.source), rows[split], config.teacher.max_length, "teacher"
+        )
     ]
     for arm, folders in students.items():
         runs, costs = [], []
@@ -534,20 +563,18 @@ def _evaluate(
             _write_card(plan, folder, arm, record, split)
         fastest = statistics.median(cost["sentences_per_second"] for cost in costs)
         models.append({"name": arm, "runs": runs} | costs[0] | {"sentences_per_second": fastest})
-    device = "GPU" if torch.cuda.is_available() else "CPU"
     return {
         "recipe": config.recipe,
         "description": config.description,
         "metric": config.metric,
         "split": split,
         "task": task.counts
-        | {"labels": list(task.label_names), "notes": list(task.notes), "example": list(rows[split][0])},
+        | {"labels": list(task.label_names), "notes": list(task.notes), "example": list(_example(rows[split]))},
         "models": models,
         "stages": stages.done,
         "measured": (
-            f"{split}: {task.counts[split]:,} rows. Speed: tokenization and forward pass of the teacher on the {device}, "
-            f"of the students on the CPU, {torch.get_num_threads()} threads, {platform.machine()} {_cpu_name()}; "
-            "rows in batches of similar length, best of "
+            f"{split}: {task.counts[split]:,} rows. Speed: tokenization and forward pass in float32 on the CPU "
+            f"({_cpu_name()}, {torch.get_num_threads()} threads), rows in batches of similar length, best of "
             f"{TIMED_REPEATS}. Parameters count what training changes plus the frozen word vectors; "
             "without embeddings: everything but the embedding tables."
         ),
@@ -558,6 +585,12 @@ def _evaluate(
 
 def _texts(rows: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
     return list(zip(*(rows[column][:] for column in columns), strict=True))
+
+
+def _example(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return a row that is short enough to be typed."""
+    short = (row for row in rows if 4 <= max(len(text.split()) for text in row) <= 12)
+    return next(short, rows[0])
 
 
 def _costs(
@@ -571,9 +604,13 @@ def _costs(
     """Return parameters with and without embedding tables, bytes of the weights, and sentences per second."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     outside = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in tables)
-    frozen = sum(tensor.numel() for name, tensor in model.named_buffers() if "embeddings" in name and tensor.is_floating_point())
+    frozen = sum(
+        tensor.numel() for name, tensor in model.named_buffers() if "embeddings" in name and tensor.is_floating_point()
+    )
     total = sum(tensor.numel() for tensor in model.parameters()) + frozen
     files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    device = model.device
+    model.cpu()
     timed = [rows[index % len(rows)] for index in range(min(TIMED_ROWS[kind], 4 * len(rows)))]
     predict_logits(model, tokenizer, timed[:64], max_length)
     seconds = []
@@ -581,6 +618,7 @@ def _costs(
         start = time.perf_counter()
         predict_logits(model, tokenizer, timed, max_length)
         seconds.append(time.perf_counter() - start)
+    nn.Module.to(model, device)
     return {
         "parameters": total,
         "parameters_without_embeddings": outside,

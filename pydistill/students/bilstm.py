@@ -265,16 +265,34 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         """Replace the trainable channel by an `nn.Embedding` of the same shape.
 
         Raises:
-            ValueError: another shape; the channels and the vocabulary belong together, nothing is resized.
+            ValueError: anything else; both channels belong to the vocabulary.
         """
-        if not isinstance(value, nn.Embedding) or value.weight.shape != self.embeddings.weight.shape:
+        shape = [self.config.vocab_size, self.config.embedding_size]
+        if not isinstance(value, nn.Embedding) or list(value.weight.shape) != shape:
             got = list(value.weight.shape) if isinstance(value, nn.Embedding) else type(value).__name__
             raise ValueError(
-                f"set_input_embeddings: value must be an nn.Embedding of shape "
-                f"[{self.config.vocab_size}, {self.config.embedding_size}], got {got}; for another "
-                "vocabulary build a new model and fill it with embeddings_from"
+                f"set_input_embeddings: value must be an nn.Embedding of shape {shape}, got {got}; "
+                "for another vocabulary build a new model and fill it with embeddings_from"
             )
         self.embeddings = value
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """The trainable channel, which has a row per word and no other size.
+
+        Raises:
+            ValueError: another size; both channels belong to the vocabulary.
+        """
+        if pad_to_multiple_of is not None or new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"resize_token_embeddings: new_num_tokens must be vocab_size={self.config.vocab_size}, got "
+                f"{new_num_tokens}; for another vocabulary build a new model and fill it with embeddings_from"
+            )
+        return self.embeddings
 
     @torch.no_grad()
     def embeddings_from(self, matrix: Tensor | np.ndarray) -> None:
@@ -309,7 +327,7 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
             attention_mask: [B, N], zero where padded; left out: zero where input_ids is pad_token_id.
 
         Raises:
-            ValueError: shapes that are not [B, N], or ids outside the vocabulary (CUDA: its own assertion).
+            ValueError: shapes that are not [B, N], or ids outside the vocabulary (on CUDA: its assertion).
         """
         mask = self._mask(input_ids, attention_mask)
         rows, columns = input_ids.shape
@@ -318,7 +336,7 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         if columns == 0:
             input_ids, mask = F.pad(input_ids, (0, 1)), F.pad(mask, (0, 1))
         packed = _pack(input_ids, mask, self.config.pad_token_id)
-        return self._cudnn(packed) if packed.words.is_cuda else self._recurrence(packed)
+        return self._recurrence(packed) if packed.words.is_cpu else self._torch_lstm(packed)
 
     def _mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """[B, N] bool, True where `input_ids` holds a word."""
@@ -359,7 +377,7 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         )
         return torch.cat([last[0], last[1]], dim=1)[packed.place]
 
-    def _cudnn(self, packed: _Packed) -> Tensor:
+    def _torch_lstm(self, packed: _Packed) -> Tensor:
         """`last_states` by torch.nn.LSTM, whose cuDNN kernels run all steps in a few launches."""
         words = packed.words[packed.forward]
         vectors = self.embeddings(words)
@@ -420,8 +438,6 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         logits = self.classifier(self.dropout(torch.relu(self.hidden(features))))
         loss = None
         if labels is not None:
-            if self.config.num_labels == 1:
-                labels = labels.to(logits.dtype)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return (logits,) if loss is None else (loss, logits)

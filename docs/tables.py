@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fills the measured tables of README.md and docs/ from raw files: `python docs/tables.py [--check]`.
+
+A page says where a table goes and what it is made from, paths relative to the root of the repository::
+
+    <!-- table: speed docs/benchmarks/soft_target.csv -->
+    (this part is generated)
+    <!-- end of table -->
+
+`speed` is the csv of `pydistill bench`, in short; `bench` is all of it; `run` is the metrics.json of a finished run.
+The last two come with the picture of the same name beside the raw file. A table without its raw file stays empty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydistill.bench import rows
+from pydistill.report import table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PLACE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrites the pages; with --check only says which ones differ from their raw files, as exit status 1."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = fill(page, text)
+        if filled != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if "--check" not in arguments:
+                temporary = page.with_name(page.name + ".tmp")
+                temporary.write_text(filled, encoding="utf-8")
+                os.replace(temporary, page)
+    if stale and "--check" in arguments:
+        print(f"tables differ from their raw files in {', '.join(stale)}: run `make docs`", file=sys.stderr)
+        return 1
+    print(f"tables: {', '.join(stale) or 'nothing to change'}")
+    return 0
+
+
+def fill(page: Path, text: str) -> str:
+    """The text of a page with every table made anew."""
+    return PLACE.sub(lambda place: place[1] + content(page, place[2], ROOT / place[3]) + place[4], text)
+
+
+def content(page: Path, kind: str, source: Path) -> str:
+    """What stands between the two comments."""
+    if kind not in KINDS:
+        raise ValueError(f"{page}: a table is one of {', '.join(KINDS)}, got {kind!r}")
+    return "\n" + KINDS[kind](page, source).strip() + "\n\n" if source.exists() else ""
+
+
+def grid(lines: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first line is its head, all columns but the first are aligned right."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def speed(page: Path, source: Path) -> str:
+    """One line per problem: KL, default page setting, the largest thread count."""
+    machine, measured = rows.read_csv(source)
+    threads = max(row.threads for row in measured)
+    lines: list[tuple[str, ...]] = [
+        (
+            "rows x classes",
+            "dtype",
+            "eager",
+            "torch.compile",
+            "ours",
+            "ours, in place",
+            "faster than",
+            "extra memory, MiB",
+        ),
+    ]
+    for group in rows.by_problem(row for row in measured if row.threads == threads and not row.thp_alloc):
+        by = {row.provider: row for row in group}
+        if group[0].workload != "kl" or not {"eager", "compile", "ours", "ours in place"} <= set(by):
+            continue
+        best = by["ours in place"]
+        lines.append(
+            (
+                group[0].shape.replace("x", " x "),
+                group[0].dtype,
+                *(f"{by[name].median_ms:.3g} ms" for name in ("eager", "compile", "ours", "ours in place")),
+                f"{best.vs_eager or 0:.0f}x / {best.vs_compile or 0:.0f}x",
+                " / ".join(f"{by[name].extra_mib or 0:.0f}" for name in ("eager", "compile", "ours", "ours in place")),
+            )
+        )
+    return grid(lines) + f"\n\nMeasured on: {machine}; {threads} threads."
+
+
+def bench(page: Path, source: Path) -> str:
+    """Every row of the csv, and the picture beside it."""
+    return picture(page, source) + rows.markdown(*rows.read_csv(source))
+
+
+def run(page: Path, source: Path) -> str:
+    """The table that the run printed, and its comparison picture."""
+    results = json.loads(source.read_text(encoding="utf-8"))
+    return picture(page, source) + grid(table(results)) + f"\n\n{results['measured']}"
+
+
+def picture(page: Path, source: Path) -> str:
+    """The png of the same name, where there is one."""
+    image = source.with_suffix(".png")
+    return f"![{source.stem}]({os.path.relpath(image, page.parent)})\n\n" if image.exists() else ""
+
+
+KINDS = {"speed": speed, "bench": bench, "run": run}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
