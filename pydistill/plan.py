@@ -159,6 +159,7 @@ def check_output(config: RunConfig, output: Path, resume: bool, overwrite: bool)
     if not is_run:
         raise PlanError(f"output: {output / CONFIG_FILE} is not the configuration of a run; choose another folder")
     if overwrite:
+        check_sources_survive(config, output)
         return
     if not resume:
         raise PlanError(f"output: {output} already holds a run; add --resume or --overwrite, or choose another folder")
@@ -173,6 +174,25 @@ def check_output(config: RunConfig, output: Path, resume: bool, overwrite: bool)
             f"output: {output} holds a run with another configuration ({'; '.join(differing)}); "
             "--resume continues an equal one: choose another folder, or --overwrite"
         )
+
+
+def check_sources_survive(config: RunConfig, output: Path) -> None:
+    """Refuse to replace a run that the new one reads from: its files would be gone before they are needed."""
+    data, teacher = config.data, config.teacher
+    sources = {
+        "data.train": data.train,
+        "data.dev": data.dev,
+        "data.test": data.test,
+        "teacher.model": teacher.model,
+        "teacher.tokenizer": teacher.tokenizer,
+        "teacher.logits_folder": teacher.logits_folder,
+        "student.vectors": config.student.vectors,
+    }
+    for key, source in sources.items():
+        if source is not None and Path(source).expanduser().absolute().is_relative_to(output.absolute()):
+            raise PlanError(
+                f"{key}: {source} lies in {output}, which --overwrite empties; move it, or choose another output"
+            )
 
 
 def data_fingerprint(task: Task) -> str:

@@ -74,6 +74,10 @@ typename V::scalar max_of(const S* x, int64_t n) {
   return largest(m);
 }
 
+// Full-precision storage of a gradient can hold the student's exponentials until the gradient takes their place.
+template <class S, class F>
+constexpr bool may_overwrite = sizeof(S) == sizeof(F);
+
 struct Sums {
   double teacher = 0, student = 0;  // sums of exponentials
   double product = 0;               // A above; for mse the squared distance
@@ -117,7 +121,7 @@ __attribute__((noinline)) Sums first_walk(const S* teacher, const S* student, in
   V sum_t = zero, sum_s = zero, sum_a = zero, sum_h = zero;
 
   const auto step = [&](int64_t i, V t, V s, int64_t lanes) PYD_INLINE_LAMBDA {
-    s.store(saved + i);
+    if constexpr (may_overwrite<S, F>) s.store(saved + i);
     if constexpr (D == Divergence::mse) {
       V d = careful ? where_equal(s, t, zero, s - t) : s - t;
       if (lanes < width) d = keep_first(d, lanes);
@@ -202,7 +206,13 @@ void exponentials(const S* teacher, const S* student, int64_t classes, double te
     // Not so where a later maximum outgrew its reference, and where there is inf or NaN.
     if (!(part.teacher <= safe_sum && part.student <= safe_sum && part.hard <= most_hard && finite(part.product))) {
       const double shift_t = D == Divergence::mse ? 0 : move_reference(ref_t, max_of<V>(teacher + low, n));
-      const double shift_s = D == Divergence::mse && H == Hard::none ? 0 : move_reference(ref_s, max_of<V>(b.saved, n));
+      const S* logits = student + low;
+      S again[chunk];
+      if constexpr (may_overwrite<S, F>) {  // by the walk just done
+        __builtin_memcpy(again, b.saved, n * sizeof(S));
+        logits = again;
+      }
+      const double shift_s = D == Divergence::mse && H == Hard::none ? 0 : move_reference(ref_s, max_of<V>(logits, n));
       const double factor_t = __builtin_exp2(shift_t * log2e / temperature);
       const double factor_s = __builtin_exp2(shift_s * log2e / temperature);
       if (D == Divergence::forward_kl) total.product = factor_t * (total.product + total.teacher * (shift_t - shift_s));
@@ -211,9 +221,7 @@ void exponentials(const S* teacher, const S* student, int64_t classes, double te
       total.teacher *= factor_t;
       total.student *= factor_s;
       total.hard *= __builtin_exp2(shift_s * log2e);
-      S again[chunk];  // the walk may have overwritten the logits themselves; the way back to S is exact
-      for (int64_t i = 0; i < n; ++i) narrow(b.saved[i], again[i]);
-      part = first_walk<V, S, D, H, true>(teacher + low, again, n, ref_t == unset ? F(0) : ref_t,
+      part = first_walk<V, S, D, H, true>(teacher + low, logits, n, ref_t == unset ? F(0) : ref_t,
                                           ref_s == unset ? F(0) : ref_s, temperature, b.teacher + low, exp_student + low,
                                           b.hard + low, b.saved);
     }
@@ -261,9 +269,9 @@ double row(const SoftTargetArgs& a, const S* teacher, const S* student, S* grad,
   const double T = a.temperature;
   const double label_logit = H == Hard::none ? 0 : widen(student[label]);
   // The student's exponentials wait where the gradient will be: those lines have to be brought into the cache anyway, and
-  // one stream less passes through it. Only full-precision storage can hold them.
+  // one stream less passes through it.
   F* exp_student = b.student;
-  if constexpr (sizeof(S) == sizeof(F))
+  if constexpr (may_overwrite<S, F>)
     if (grad != nullptr) exp_student = grad;
   Sums z;
   F ref_t, ref_s;

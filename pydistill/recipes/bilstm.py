@@ -152,7 +152,6 @@ class TeacherHandle:
 
     source: str
     tokenizer: PreTrainedTokenizerBase
-    classes: int
     _model: PreTrainedModel | None = None
 
     @property
@@ -165,15 +164,15 @@ class TeacherHandle:
 
 
 def _teacher(plan: Plan, stages: Stages) -> TeacherHandle:
-    config, names = plan.config, plan.task.label_names
+    config = plan.config
     if config.teacher.fine_tune is None:
-        return TeacherHandle(plan.teacher, plan.tokenizer, len(names))
+        return TeacherHandle(plan.teacher, plan.tokenizer)
 
     def make(folder: Path) -> int:
         return _fine_tune(plan, folder, stages.scratch("teacher"))
 
     folder = stages.build("teacher", make, f"fine-tune {config.teacher.model} on {plan.task.counts['train']:,} rows")
-    return TeacherHandle(str(folder), AutoTokenizer.from_pretrained(folder), len(names))
+    return TeacherHandle(str(folder), AutoTokenizer.from_pretrained(folder))
 
 
 def _fine_tune(plan: Plan, folder: Path, scratch: Path) -> int:
@@ -542,7 +541,11 @@ def _evaluate(
             found[name] = classification_metrics(answers, labels[name], classes)
         return found
 
-    run_of_teacher = {"seed": config.teacher.fine_tune_seed, "folder": teacher.source, "curve": []}
+    run_of_teacher = {
+        "seed": config.teacher.fine_tune_seed,
+        "folder": teacher.source.removeprefix(f"{plan.output}/"),
+        "curve": [],
+    }
     run_of_teacher |= measure(teacher.model, teacher.tokenizer, config.teacher.max_length)
     models = [
         {"name": "teacher", "runs": [run_of_teacher]}
