@@ -231,41 +231,26 @@ std::tuple<Tensor, Tensor> soft_target_inplace(Tensor student, Tensor teacher, s
                  student.mutable_data_ptr());
 }
 
-template <class S>
-void scale_all(Tensor& rows, const Tensor& scale) {
-  S* data = static_cast<S*>(rows.mutable_data_ptr());
-  const double* factors = static_cast<const double*>(scale.const_data_ptr());
-  const int64_t count = scale.numel(), classes = count == 0 ? 0 : rows.numel() / count;
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      if (factors[r] == 1) continue;
-      const float factor = static_cast<float>(factors[r]);
-      for (int64_t c = 0; c < classes; ++c) {
-        S& x = data[r * classes + c];
-        if constexpr (std::is_same_v<S, double>)
-          x *= factors[r];
-        else
-          x = static_cast<S>(static_cast<float>(x) * factor);
-      }
-    }
-  });
-}
-
 void scale_rows_(Tensor rows, Tensor scale) {
   STD_TORCH_CHECK(rows.is_contiguous(), "scale_rows_: rows must be contiguous");
   STD_TORCH_CHECK(scale.numel() == 1 || scale.numel() * rows.size(rows.dim() - 1) == rows.numel(),
                   "scale_rows_: scale must hold one factor or one per row, got ", shape(scale), " for ", shape(rows));
-  Tensor factors = torch::stable::contiguous(torch::stable::to(scale, std::optional<ScalarType>(ScalarType::Double)));
-  switch (dtype_of(rows)) {
-    case Dtype::f32:
-      return scale_all<float>(rows, factors);
-    case Dtype::bf16:
-      return scale_all<torch::headeronly::BFloat16>(rows, factors);
-    case Dtype::f16:
-      return scale_all<torch::headeronly::Half>(rows, factors);
-    case Dtype::f64:
-      return scale_all<double>(rows, factors);
-  }
+  const Tensor factors = torch::stable::contiguous(torch::stable::to(scale, std::optional<ScalarType>(ScalarType::Double)));
+  const double* factor = static_cast<const double*>(factors.const_data_ptr());
+  const Dtype dtype = dtype_of(rows);
+  char* data = static_cast<char*>(rows.mutable_data_ptr());
+  const int64_t count = scale.numel(), size = static_cast<int64_t>(rows.element_size());
+  // One factor for all: pieces of the whole. Otherwise row by row.
+  constexpr int64_t piece = 1 << 16;
+  const int64_t length = count == 1 ? piece : rows.size(rows.dim() - 1);
+  const int64_t pieces = length == 0 ? 0 : (rows.numel() + length - 1) / length;
+  if (count == 1 && *factor == 1) return;
+  torch::stable::parallel_for(0, pieces, std::max<int64_t>(1, piece / length), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double f = factor[count == 1 ? 0 : i];
+      if (f != 1) kernels().scale(dtype, data + i * length * size, std::min(length, rows.numel() - i * length), f);
+    }
+  });
 }
 
 }  // namespace

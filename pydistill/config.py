@@ -464,17 +464,23 @@ def _short(value: Any, width: int = 80) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
+def package_of(source: str) -> str | None:
+    """Return the import name in a ``package:NAME/PATH`` source, None for any other source."""
+    return source.removeprefix("package:").partition("/")[0] if source.startswith("package:") else None
+
+
 def resolve_path(source: str) -> Path | str:
     """Return where a ``package:NAME/PATH`` source lies on disk; any other source comes back unchanged.
 
     Raises:
         ConfigError: the package is not installed (the message holds the pip command), or has no such file.
     """
-    if not source.startswith("package:"):
+    name = package_of(source)
+    if name is None:
         return os.path.expanduser(source)
     import importlib.util
 
-    name, _, inside = source.removeprefix("package:").partition("/")
+    inside = source.removeprefix(f"package:{name}").lstrip("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(

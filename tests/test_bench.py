@@ -13,9 +13,7 @@ from cases import IMPLEMENTATIONS
 from pydistill.bench import machine, main, measure, rows, soft_target
 from pydistill.losses import soft_target as loss_module
 
-needs_kernel = pytest.mark.skipif(
-    "cpp" not in IMPLEMENTATIONS, reason="PYDISTILL_NATIVE=0: no compiled kernel"
-)
+needs_kernel = pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="PYDISTILL_NATIVE=0: no compiled kernel")
 FAST = [
     "soft_target",
     "--sizes",
@@ -99,9 +97,7 @@ def test_a_red_gate_reports_no_time(tmp_path, monkeypatch, capsys):
     right = loss_module.soft_target_loss
     for wrong in (
         lambda student, *rest, **more: right(student, *rest, **more) * 1.001,
-        lambda student, *rest, **more: (
-            right(student * 1.0, *rest, **more) + 1e-3 * (student - student.detach()).sum()
-        ),
+        lambda student, *rest, **more: right(student * 1.0, *rest, **more) + 1e-3 * (student - student.detach()).sum(),
     ):
         monkeypatch.setattr(loss_module, "soft_target_loss", wrong)
         assert main([*FAST, *NOT_COMPILED, "--out", str(tmp_path)]) == 1
@@ -152,9 +148,7 @@ def test_extra_peak_memory():
 
 def test_preparation_is_not_timed():
     order: list[str] = []
-    variant = measure.Variant(
-        lambda: order.append("call"), lambda: (order.append("prepare"), time.sleep(0.02))[0]
-    )
+    variant = measure.Variant(lambda: order.append("call"), lambda: (order.append("prepare"), time.sleep(0.02))[0])
     assert variant.run() < 0.015
     assert order == ["prepare", "call"]
 
@@ -200,8 +194,7 @@ def test_csv_keeps_every_value(tmp_path):
 def test_targets_judge_what_they_promise():
     def judged(*given: rows.Row) -> dict[str, bool]:
         return {
-            target.text.split(" ours in place")[1].lstrip(", "): target.met
-            for target in soft_target.targets(given)
+            target.text.split(" ours in place")[1].lstrip(", "): target.met for target in soft_target.targets(given)
         }
 
     row = example_row(vs_compile=11.0)

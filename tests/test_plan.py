@@ -60,6 +60,7 @@ def test_a_plan_says_what_will_happen(shared: Path) -> None:
         "rows per second",
         "0.75 mse + 0.25 cross-entropy",
         "soft_target",
+        "at most 945 steps",  # 120 rows and 20 new ones each, in batches of 8, three times
         "also selects",
     ):
         assert words in text

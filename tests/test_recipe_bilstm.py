@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from made_up_task import make_teacher, sentences, write_table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,7 +20,13 @@ import pydistill.students  # noqa: F401 (registers the student with AutoModel)
 from pydistill.config import UserError
 from pydistill.plan import PlanError, plan
 from pydistill.recipes import run
-from pydistill.recipes.bilstm import classification_metrics
+from pydistill.recipes.bilstm import (
+    Stages,
+    TeacherHandle,
+    _transfer_set,
+    _with_mask_token,
+    classification_metrics,
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,30 @@ def test_transfer_set_uses_true_labels_and_the_teacher_s(shared: Path) -> None:
         with torch.no_grad():
             logits = teacher(**tokenizer(augmented[index]["sentence"], return_tensors="pt")).logits[0]
         torch.testing.assert_close(torch.tensor(recorded[index]["teacher_logits"]), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_labelled_rows_keep_their_labels_and_synthetic_rows_take_the_teacher_s(shared: Path, tmp_path: Path) -> None:
+    keys = settings(shared, tmp_path / "run", teacher__fine_tune=None)  # an untrained teacher: it is often wrong
+    planned = plan("bilstm", keys, dry_run=False)
+    parts = _transfer_set(planned, Stages(planned.output), TeacherHandle(planned.teacher, planned.tokenizer))
+    answers = {name: np.asarray(rows["teacher_logits"][:]).argmax(-1) for name, rows in parts.items()}
+    train = parts["train"]
+    assert train["labels"][:] == planned.task.splits["train"]["labels"][:]
+    assert list(answers["train"]) != train["labels"][:]
+    assert list(answers["augmented"]) == parts["augmented"]["labels"][:]
+    assert train.features["labels"] == parts["augmented"].features["labels"]
+
+
+def test_mask_token_of_the_teacher_is_what_it_sees() -> None:
+    rows = Dataset.from_dict({"a": ["[MASK] film", "x [MASK]"], "b": ["none", "[MASK]"]})
+
+    class Roberta:
+        mask_token, unk_token = "<mask>", "<unk>"
+
+    seen = _with_mask_token(rows, ["a", "b"], Roberta())  # type: ignore[arg-type]
+    assert seen["a"][:] == ["<mask> film", "x <mask>"] and seen["b"][:] == ["none", "<mask>"]
+    Roberta.mask_token = None  # type: ignore[assignment]
+    assert _with_mask_token(rows, ["a"], Roberta())["a"][0] == "<unk> film"  # type: ignore[arg-type]
 
 
 def test_saved_configuration_runs_again(shared: Path) -> None:

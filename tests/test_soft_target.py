@@ -25,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 each_variant = pytest.mark.parametrize("variant", SOFT_TARGET.variants)
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
-needs_kernel = pytest.mark.skipif(
-    "cpp" not in IMPLEMENTATIONS, reason="PYDISTILL_NATIVE=0: no compiled kernel"
-)
+needs_kernel = pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="PYDISTILL_NATIVE=0: no compiled kernel")
 
 STUDENT = torch.tensor([[1.0, -0.5, 0.25], [0.1, 0.2, -1.3], [2.0, 0.0, 0.5]], dtype=torch.float64)
 TEACHER = torch.tensor([[2.0, -1.0, 0.0], [-0.4, 0.9, 0.3], [1.5, 0.5, -0.5]], dtype=torch.float64)
@@ -255,8 +253,7 @@ def test_running_maximum(impl, dtype):
 
 FORBIDDEN = {
     "some classes": torch.arange(3000) % 7 == 3,
-    "the first classes": torch.arange(3000)
-    < 2200,  # whole chunks without any finite logit, before the first one
+    "the first classes": torch.arange(3000) < 2200,  # whole chunks without any finite logit, before the first one
     "the last classes": torch.arange(3000) >= 700,
     "all but one": torch.arange(3000) != 1700,
 }
@@ -276,9 +273,7 @@ def test_forbidden_classes_on_both_sides(impl, divergence, forbidden, fill):
         student = tensors["student_logits"].masked_fill(chosen, fill)
         teacher = tensors["teacher_logits"].masked_fill(chosen, fill)
         labels = torch.full((3,), int((~chosen).nonzero()[0]))
-        found = check_budget(
-            pair(student, teacher, labels=labels), impl, divergence=divergence, hard_weight=0.25
-        )
+        found = check_budget(pair(student, teacher, labels=labels), impl, divergence=divergence, hard_weight=0.25)
         assert bool(found.value.isfinite())
         assert float(found.gradients["student_logits"][:, chosen].abs().max()) == 0.0
         kept = pair(student[:, ~chosen], teacher[:, ~chosen], labels=torch.zeros(3, dtype=torch.long))
@@ -355,9 +350,7 @@ def test_garbage_in_invalid_rows(impl, divergence, classes, garbage):
             gradient = found.gradients["student_logits"]
             assert float(gradient[~valid].abs().sum()) == 0.0
             torch.testing.assert_close(found.value, expected.value, rtol=1e-6, atol=1e-7)
-            torch.testing.assert_close(
-                gradient[valid], expected.gradients["student_logits"], rtol=1e-5, atol=1e-7
-            )
+            torch.testing.assert_close(gradient[valid], expected.gradients["student_logits"], rtol=1e-5, atol=1e-7)
         rows = soft_target_loss(**dirty, divergence=divergence, hard_weight=0.5, reduction="none", impl=impl)
         assert float(rows[~valid].abs().sum()) == 0.0
 
@@ -373,9 +366,7 @@ def test_all_rows_invalid(impl, reduction):
             {"labels": torch.full((5,), -100), "hard_weight": 0.5},
         ):
             keywords = {key: value for key, value in more.items() if key == "hard_weight"}
-            tensors = pair(
-                student, student, **{key: value for key, value in more.items() if key != "hard_weight"}
-            )
+            tensors = pair(student, student, **{key: value for key, value in more.items() if key != "hard_weight"})
             found = ours(tensors, impl, reduction=reduction, **keywords)
             assert float(found.value.abs().sum()) == 0.0
             assert float(found.gradients["student_logits"].abs().sum()) == 0.0
@@ -465,9 +456,7 @@ def test_non_contiguous_inputs(impl, dtype):
     for name, student in layouts(tensors["student_logits"]).items():
         for teacher in (tensors["teacher_logits"], layouts(tensors["teacher_logits"])[name]):
             assert not student.is_contiguous()
-            found = ours(
-                {**tensors, "student_logits": student, "teacher_logits": teacher}, impl, hard_weight=0.5
-            )
+            found = ours({**tensors, "student_logits": student, "teacher_logits": teacher}, impl, hard_weight=0.5)
             assert torch.equal(found.value, expected.value), name
             assert torch.equal(found.gradients["student_logits"], expected.gradients["student_logits"]), name
 
@@ -560,9 +549,7 @@ def test_invariances(impl, divergence):
     torch.testing.assert_close(ours(shifted, impl, divergence=divergence, temperature=2.0).value, found.value)
     order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
     permuted = {key: value[:, order] for key, value in tensors.items()}
-    torch.testing.assert_close(
-        ours(permuted, impl, divergence=divergence, temperature=2.0).value, found.value
-    )
+    torch.testing.assert_close(ours(permuted, impl, divergence=divergence, temperature=2.0).value, found.value)
     assert float(found.gradients["student_logits"].sum(-1).abs().max()) < 1e-13
 
 
@@ -596,9 +583,7 @@ def test_jsd_limits(impl):
     assert jsd(1 - 1e-6) / 1e-6 == pytest.approx(reverse, rel=1e-3)
     assert 0 < jsd(0.5) <= math.log(2)
     swapped = pair(tensors["teacher_logits"], tensors["student_logits"])
-    assert float(soft_target_loss(**swapped, divergence="jsd", impl=impl)) == pytest.approx(
-        jsd(0.5), rel=1e-12
-    )
+    assert float(soft_target_loss(**swapped, divergence="jsd", impl=impl)) == pytest.approx(jsd(0.5), rel=1e-12)
 
 
 @pytest.mark.numerics
@@ -667,9 +652,7 @@ def test_same_bits_for_any_number_of_threads(dtype, restored_threads):
                     )
                 for outcome in outcomes[1:]:
                     assert torch.equal(outcome.value, outcomes[0].value)
-                    assert torch.equal(
-                        outcome.gradients["student_logits"], outcomes[0].gradients["student_logits"]
-                    )
+                    assert torch.equal(outcome.gradients["student_logits"], outcomes[0].gradients["student_logits"])
 
 
 # -------------------------------------------------------------------------------- autograd
@@ -696,9 +679,7 @@ def test_backward_twice_over_a_retained_graph(impl):
     tensors = inputs((6, 40))
     student = tensors.pop("student_logits").requires_grad_()
     loss = soft_target_loss(student, impl=impl, hard_weight=0.5, **tensors)
-    gradients = [
-        torch.autograd.grad(loss, student, torch.tensor(1.5), retain_graph=True)[0] for _ in range(3)
-    ]
+    gradients = [torch.autograd.grad(loss, student, torch.tensor(1.5), retain_graph=True)[0] for _ in range(3)]
     gradients[0].zero_()  # what was handed out belongs to the caller
     last = torch.autograd.grad(loss, student, torch.tensor(1.5))[0]
     assert float(last.abs().max()) > 0
@@ -724,9 +705,7 @@ def test_backward_twice_in_place(impl="cpp"):
 def test_gradient_accumulates_into_leaf(impl):
     """Two losses on one tensor, and a second backward: .grad is the sum, and no gradient aliases another."""
     tensors = logits_only(inputs((6, 40)))
-    single = (
-        ours(tensors, "reference").gradients["student_logits"] * 2
-    )  # run() passes a gradient of 0.5 to a 0-d value
+    single = ours(tensors, "reference").gradients["student_logits"] * 2  # run() passes a gradient of 0.5 to a 0-d value
     student = tensors["student_logits"].requires_grad_()
     teacher = tensors["teacher_logits"]
     both = soft_target_loss(student, teacher, impl=impl) + 2 * soft_target_loss(student, teacher, impl=impl)
@@ -776,8 +755,7 @@ def test_inputs_are_left_alone(impl):
 @needs_kernel
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [(variant, "fp32") for variant in SOFT_TARGET.variants]
-    + [("none", dtype) for dtype in ("fp64", "bf16", "fp16")],
+    [(variant, "fp32") for variant in SOFT_TARGET.variants] + [("none", dtype) for dtype in ("fp64", "bf16", "fp16")],
 )
 def test_opcheck(variant, dtype):
     """Schema, fake kernel, autograd registration and AOT dispatch of the registered op."""
@@ -790,6 +768,17 @@ def test_opcheck(variant, dtype):
     torch.library.opcheck(
         torch.ops.pydistill.soft_target_.default, (student.clone(), tensors["teacher_logits"], *options)
     )
+
+
+@needs_kernel
+def test_only_the_loss_is_differentiable():
+    """The gradient that the op hands over for its backward is no function to differentiate."""
+    tensors = inputs((4, 9))
+    student = tensors["student_logits"].requires_grad_()
+    loss, gradient, scale = torch.ops.pydistill.soft_target(
+        student, tensors["teacher_logits"], *op_options({}, {}), True
+    )
+    assert (loss.requires_grad, gradient.requires_grad, scale.requires_grad) == (True, False, False)
 
 
 def op_options(tensors: Tensors, keywords: dict[str, Any]) -> tuple[Any, ...]:
@@ -886,9 +875,7 @@ def test_autocast(impl):
 def test_mixed_dtypes(impl, dtypes):
     """Neither side is rounded to the other's type; the gradient has the student's."""
     tensors = inputs((5, 50))
-    mixed = pair(
-        tensors["student_logits"].to(DTYPES[dtypes[0]]), tensors["teacher_logits"].to(DTYPES[dtypes[1]])
-    )
+    mixed = pair(tensors["student_logits"].to(DTYPES[dtypes[0]]), tensors["teacher_logits"].to(DTYPES[dtypes[1]]))
     found = check_budget(mixed, impl)
     assert found.gradients["student_logits"].dtype == DTYPES[dtypes[0]]
     assert found.value.dtype == (torch.float64 if "fp64" in dtypes else torch.float32)
@@ -1181,9 +1168,7 @@ def test_objective_term_is_the_function():
         tensors["student_logits"], tensors["teacher_logits"], tensors["labels"],
         divergence="jsd", jsd_beta=0.3, temperature=2.0, hard_weight=0.5, num_items=9,
     )  # fmt: skip
-    assert torch.equal(
-        term(student, teacher, batch, num_items=9), expected
-    )  # the weight is the objective's business
+    assert torch.equal(term(student, teacher, batch, num_items=9), expected)  # the weight is the objective's business
     assert (term.weight, term.name) == (2.0, "soft_target")
     assert (term.student_signals, term.teacher_signals) == ({"logits"}, {"logits"})
     assert list(term.state_dict()) == []
@@ -1272,7 +1257,6 @@ def test_without_native_code():
 def test_import_is_light():
     """Importing the package must not load transformers, datasets or triton."""
     code = (
-        "import sys, pydistill\n"
-        "print([name for name in ('transformers', 'datasets', 'triton') if name in sys.modules])"
+        "import sys, pydistill\nprint([name for name in ('transformers', 'datasets', 'triton') if name in sys.modules])"
     )
     assert in_a_new_process(["-c", code]).strip() == "[]"

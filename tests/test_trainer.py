@@ -214,12 +214,16 @@ def test_rows_without_labels_count_where_the_objective_reads_none(tmp_path: Path
     assert_same_bits(finals[0], finals[2])
 
 
-def test_a_step_without_any_valid_row_leaves_the_student_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hard_weight", [0.5, 1.0])
+def test_a_step_without_any_valid_row_changes_nothing(tmp_path: Path, hard_weight: float) -> None:
     data = tiny_rows(8).map(lambda row: {"labels": -100})
-    run = trainer(tmp_path, data=data, objective=SoftTarget(hard_weight=0.5), max_steps=2, weight_decay=0.0)
+    term = SoftTarget(hard_weight=hard_weight)
+    run = trainer(tmp_path, data=data, objective=term, max_steps=2, logging_steps=1)
     before = weights(run)
     run.train()
     assert_same_bits(weights(run), before)
+    parts = [entry["loss_soft_target"] for entry in run.state.log_history if "loss" in entry]
+    assert parts == [0.0, 0.0]
 
 
 def test_mixed_precision_trains_the_student_and_leaves_the_teacher_alone(tmp_path: Path) -> None:

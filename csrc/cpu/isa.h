@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "limits.h"
+#include "scale.h"
 #include "soft_target.h"
 
 namespace pyd {
@@ -13,6 +14,7 @@ namespace pyd {
 struct Kernels {
   const char* isa;
   const SoftTargetKernel& soft_target;
+  const ScaleKernel& scale;
   const LimitKernels& limits;
 };
 

@@ -5,9 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace pyd {
 
-enum class Dtype { f32, bf16, f16, f64 };
 enum class Divergence { forward_kl, reverse_kl, jsd, mse, cross_entropy };
 
 // The rows of a tensor [*, C] with unit stride over classes, leading dimensions collapsed to at most two:

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-THP_SWITCH = (
-    "THP_MEM_ALLOC_ENABLE"  # read by torch's CPU allocator: asks the kernel for transparent huge pages
-)
+THP_SWITCH = "THP_MEM_ALLOC_ENABLE"  # read by torch's CPU allocator: asks the kernel for transparent huge pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,11 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             providers,
             thp_alloc=thp_alloc,
             repetitions=arguments.repetitions or (3 if arguments.quick else 7),
-            budget_seconds=arguments.budget
-            if arguments.budget is not None
-            else 3.0
-            if arguments.quick
-            else 60.0,
+            budget_seconds=arguments.budget if arguments.budget is not None else 3.0 if arguments.quick else 60.0,
         ):
             print("\n" + rows.table(group, bold=sys.stdout.isatty()), flush=True)
             measured.extend(group)
@@ -98,9 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="seconds per problem after which three samples must do (default 60, quick 3)",
     )
-    add(
-        "--quick", action="store_true", help="fewer rows and samples: minutes instead of a quarter of an hour"
-    )
+    add("--quick", action="store_true", help="fewer rows and samples: minutes instead of a quarter of an hour")
     add("--thp", action="store_true", help=f"measure again in a process with {THP_SWITCH}=1")
     add("--out", type=Path, default=Path("bench-results"), help="folder for csv, markdown and png")
     add("--from-csv", type=Path, metavar="FILE", help="measure nothing: tables and picture of an earlier csv")
@@ -162,9 +154,7 @@ def _sizes(text: str) -> list[tuple[int, int]]:
         if not all(len(size) == 2 and min(size) > 0 for size in sizes):
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected ROWSxCLASSES[,...] such as 4096x30522, got {text!r}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"expected ROWSxCLASSES[,...] such as 4096x30522, got {text!r}") from None
     return [(rows, classes) for rows, classes in sizes]
 
 

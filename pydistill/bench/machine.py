@@ -53,9 +53,7 @@ def commit(folder: Path) -> str:
     git."""
     git = ["git", "-C", str(folder)]
     try:
-        short = subprocess.run(
-            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        short = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10)
         if short.returncode != 0:
             return "none"
         status = ["status", "--porcelain", "--untracked-files=no"]

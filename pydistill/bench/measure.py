@@ -48,7 +48,7 @@ class Timing:
     def samples(self) -> list[float]:
         """What the statistics are taken over: the clean samples if there are at least three, otherwise
         all."""
-        return self.clean if len(self.clean) >= 3 else self.clean + self.disturbed
+        return self.clean if self.is_clean else self.clean + self.disturbed
 
     @property
     def is_clean(self) -> bool:

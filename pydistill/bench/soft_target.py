@@ -94,15 +94,11 @@ class Problem:
     def head(self, rows: int) -> Problem:
         """The first rows, copied."""
         student = self.student.detach()[:rows].clone().requires_grad_()
-        return Problem(
-            student, self.teacher[:rows].clone(), self.labels[:rows].clone(), self.buffer[:rows].clone()
-        )
+        return Problem(student, self.teacher[:rows].clone(), self.labels[:rows].clone(), self.buffer[:rows].clone())
 
     def bytes_to_move(self, hard_weight: float) -> int:
         """Read student and teacher, write the gradient: 3 * rows * classes * itemsize; labels: 8 * rows."""
-        return 3 * self.student.numel() * self.student.element_size() + (
-            8 * len(self.labels) if hard_weight else 0
-        )
+        return 3 * self.student.numel() * self.student.element_size() + (8 * len(self.labels) if hard_weight else 0)
 
 
 Result = tuple[Tensor, Tensor]  # value, gradient with respect to the student logits
@@ -216,9 +212,7 @@ def gate(
         found = errors(provider_call(provider, part, hard_weight, compiled)(), truth)
         measured[provider] = found
         allowed = Errors(reference.value + 1e-6, reference.gradient * 1.05 + 2e-6)
-        if provider.startswith("ours") and not (
-            found.value <= allowed.value and found.gradient <= allowed.gradient
-        ):
+        if provider.startswith("ours") and not (found.value <= allowed.value and found.gradient <= allowed.gradient):
             raise GateError(
                 f"{LOSS} {provider} on {tuple(part.student.shape)} {part.student.dtype}: "
                 f"value error {found.value:.1e} (allowed {allowed.value:.1e}), "
@@ -248,8 +242,7 @@ def measure(
                     compiled = compiled_loss() if "compile" in providers else plain_loss
                     problem = Problem.random(rows, classes, DTYPES[dtype])
                     found = {
-                        workload: gate(problem, WORKLOADS[workload], providers, compiled)
-                        for workload in workloads
+                        workload: gate(problem, WORKLOADS[workload], providers, compiled) for workload in workloads
                     }
                     variants: dict[tuple[str, str], Variant] = {
                         (workload, provider): variant(provider, problem, WORKLOADS[workload], compiled)
@@ -293,10 +286,7 @@ def _rows_of(
     memory: Mapping[str, float | None],
     found: Mapping[str, Errors],
 ) -> list[Row]:
-    key = {
-        provider: f" {provider}" if provider == "limit" else f"{workload} {provider}"
-        for provider in providers
-    }
+    key = {provider: f" {provider}" if provider == "limit" else f"{workload} {provider}" for provider in providers}
     median = {provider: timings[key[provider]].median for provider in providers}
     amount = problem.bytes_to_move(WORKLOADS[workload])
 
@@ -385,20 +375,13 @@ def targets(rows: Sequence[Row]) -> list[Target]:
         if not row.provider.startswith("ours"):
             continue
         if row.workload == "kl" and classes >= 4928:
-            over_eager, over_compile = RATIO_TARGETS.get(
-                (row.dtype, row.provider, row.thp_alloc), (None, None)
-            )
+            over_eager, over_compile = RATIO_TARGETS.get((row.dtype, row.provider, row.thp_alloc), (None, None))
             if row.vs_eager is not None and over_eager is not None:
                 found.append(Target(f"{name}, times eager", row.vs_eager, over_eager, True))
             if row.vs_compile is not None and over_compile is not None:
                 found.append(Target(f"{name}, times compile", row.vs_compile, over_compile, True))
             share = LIMIT_TARGETS.get((row.dtype, row.provider))
-            if (
-                row.percent_of_limit is not None
-                and share is not None
-                and row.threads == 2
-                and not row.thp_alloc
-            ):
+            if row.percent_of_limit is not None and share is not None and row.threads == 2 and not row.thp_alloc:
                 found.append(Target(f"{name}, % of limit", row.percent_of_limit, share, True))
         if row.workload == "kl" and row.shape == "65536x3" and row.threads == 1:
             found.append(Target(f"{name}, ms", row.median_ms, SMALL_CLASSES_MS, False))

@@ -108,7 +108,7 @@ def _reduce(row_loss: Tensor, valid: Tensor | None, reduction: str, num_items: f
     if reduction == "sum":
         return total
     if num_items is not None:
-        return total / (num_items.reshape(()) if isinstance(num_items, Tensor) else num_items)
+        return total / (num_items.reshape(()).to(total.dtype) if isinstance(num_items, Tensor) else num_items)
     count: float | Tensor = row_loss.numel() if valid is None else valid.sum()
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
@@ -543,6 +543,8 @@ class SoftTarget(nn.Module):
         super().__init__()
         # hard_weight=1 is checked against the labels of a batch; here any labels will do.
         _check_options(divergence, temperature, hard_weight, jsd_beta, "mean", None, labels=torch.empty(0))
+        if inplace and hard_weight == 1:
+            _fail("inplace=True has nothing to write with hard_weight=1, where the term is the plain cross-entropy")
         self.weight = weight
         self.name = name
         self.options: dict[str, Any] = {
@@ -559,10 +561,9 @@ class SoftTarget(nn.Module):
         self.teacher_signals = frozenset() if hard_weight == 1 else frozenset({"logits"})
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor | int:
-        """How many rows of `batch` this term's mean runs over: the labelled ones where it reads labels, otherwise all."""
-        if self.options["hard_weight"] > 0 and "labels" in batch:
-            return (batch["labels"] != -100).sum()
-        return next(iter(batch.values())).shape[0]
+        """How many rows of `batch` this term's mean runs over: those with a class id, or all where there are none."""
+        labels = _class_ids(batch)
+        return next(iter(batch.values())).shape[0] if labels is None else (labels != -100).sum()
 
     def forward(
         self,
@@ -571,17 +572,24 @@ class SoftTarget(nn.Module):
         batch: Mapping[str, Tensor],
         num_items: float | Tensor | None = None,
     ) -> Tensor:
-        """Student and teacher signals by name, and the batch (its ``labels``, if any) -> the unweighted loss, 0-d."""
-        student_logits = student["logits"]
-        labels = batch.get("labels")
-        if not self.teacher_signals:
-            if labels is None:
-                _fail("hard_weight=1 needs labels, and the batch has none")
-            total = F.cross_entropy(student_logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
-            return total / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
-        if self.options["hard_weight"] == 0:
-            labels = None
-        return soft_target_loss(student_logits, teacher["logits"], labels, num_items=num_items, **self.options)
+        """Student and teacher signals by name, and the batch -> the unweighted loss, 0-d.
+
+        Integer ``labels`` of the batch are class ids: rows labelled -100 are left out, also where ``hard_weight`` is 0.
+        """
+        student_logits, labels = student["logits"], _class_ids(batch)
+        if labels is None and num_items is not None and student_logits.dim() > 2:
+            _fail("logits of several rows per example need labels (-100 where a row does not count), and the batch has none")
+        if self.teacher_signals:
+            return soft_target_loss(student_logits, teacher["logits"], labels, num_items=num_items, **self.options)
+        if labels is None:
+            _fail("hard_weight=1 needs integer labels, and the batch has none")
+        total = F.cross_entropy(student_logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
+        return total / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in {"weight": self.weight, **self.options}.items())
+
+
+def _class_ids(batch: Mapping[str, Tensor]) -> Tensor | None:
+    labels = batch.get("labels")
+    return None if labels is None or labels.is_floating_point() else labels

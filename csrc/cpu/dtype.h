@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace pyd {
+
+// What tensors are stored in. Arithmetic is in float, and in double for f64.
+enum class Dtype { f32, bf16, f16, f64 };
+
+}  // namespace pyd
