@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one voice of errors: every check names the op, the argument, the rule, and what came. Python checks first and speaks
-// to users; these guard calls that go straight to torch.ops.pydistill.
+// The one voice of errors: every check names the op, the argument, the rule, and what came. Python checks first and
+// speaks to users; these guard calls that go straight to torch.ops.pydistill.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

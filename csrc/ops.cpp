@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// START HERE (native): the schema of every op, and the Python module with build information and raw kernel entry points.
-// The implementations register themselves in csrc/<loss>.cpp.
+// START HERE (native): the schema of every op, and the Python module with build information and raw kernel entry
+// points. The implementations register themselves in csrc/<loss>.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "str reduction, bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor gradient_scale)");
   // The same with the gradient written over the student's logits.
   m.def(
-      "soft_target_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? num_items, str divergence, "
+      "soft_target_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? num_items, str "
+      "divergence, "
       "float temperature, float hard_weight, float jsd_beta, bool scale_by_temperature, int ignore_index, "
       "str reduction) -> (Tensor loss, Tensor gradient_scale)");
   // rows *= scale, one factor for all or one per row; nothing is touched where the factor is 1.
@@ -52,7 +53,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(pyd::kernels().isa); }, "The instruction set whose kernels run.");
   m.def("cuda_architectures", [] { return std::vector<std::string>{}; }, "CUDA architectures compiled in.");
   m.def("stream", &stream, pybind11::arg("a"), pybind11::arg("b"), pybind11::arg("out"), pybind11::arg("n"),
-        "out = a + b over n floats at three addresses (out aligned to 64 bytes), on all threads, with non-temporal stores: "
+        "out = a + b over n floats at three addresses (out aligned to 64 bytes), on all threads, with non-temporal "
+        "stores: "
         "the memory limit of a loss that reads two tensors and writes one.");
   m.def("multiply_add", &multiply_add, pybind11::arg("iterations"),
         "Fused multiply-adds on registers, on all threads; returns the number of floating-point operations done.");

@@ -76,7 +76,8 @@ std::optional<Rows> as_rows(const Tensor& t) {
   return Rows{t.const_data_ptr(), collapsed[1].first, collapsed[0].second * size, collapsed[1].second * size};
 }
 
-// Fresh memory is mapped page by page at first touch, which costs more than the kernel. Large pages cut that to a third.
+// Fresh memory is mapped page by page at first touch, which costs more than the kernel. Large pages cut that to a
+// third.
 void ask_for_large_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t page = 2u << 20;
@@ -96,11 +97,12 @@ double scalar_of(const Tensor& t) {
 std::tuple<Tensor, Tensor> compute(const Tensor& student, const Tensor& teacher, const Options& o, void* gradient) {
   STD_TORCH_CHECK(student.dim() >= 1 && same_shape(student, teacher), "soft_target: teacher must match student, got ",
                   shape(teacher), " vs ", shape(student));
-  STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(), "soft_target: student and teacher must have one dtype");
+  STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(),
+                  "soft_target: student and teacher must have one dtype");
   const int64_t classes = student.size(student.dim() - 1);
   STD_TORCH_CHECK(classes >= 1, "soft_target: there must be at least one class, got ", shape(student));
-  STD_TORCH_CHECK(o.reduction == "mean" || o.reduction == "sum" || o.reduction == "none", "soft_target: unknown reduction '",
-                  o.reduction, "'");
+  STD_TORCH_CHECK(o.reduction == "mean" || o.reduction == "sum" || o.reduction == "none",
+                  "soft_target: unknown reduction '", o.reduction, "'");
   STD_TORCH_CHECK(o.hard_weight == 0 || o.labels, "soft_target: hard_weight needs labels");
 
   SoftTargetArgs a{};
@@ -149,8 +151,8 @@ std::tuple<Tensor, Tensor> compute(const Tensor& student, const Tensor& teacher,
     for (int64_t r = 0; r < a.rows; ++r) {
       if ((a.mask != nullptr && !a.mask[r]) || (a.labels != nullptr && a.labels[r] == a.ignore_index)) continue;
       STD_TORCH_CHECK(o.hard_weight == 0 || (a.labels[r] >= 0 && a.labels[r] < classes),
-                      "soft_target: labels must lie in [0, ", classes, ") or be ignore_index=", a.ignore_index, ", got ",
-                      a.labels[r], " in row ", r);
+                      "soft_target: labels must lie in [0, ", classes, ") or be ignore_index=", a.ignore_index,
+                      ", got ", a.labels[r], " in row ", r);
       ++count;
     }
   }
@@ -226,8 +228,8 @@ std::tuple<Tensor, Tensor> soft_target_inplace(Tensor student, Tensor teacher, s
                                                std::string reduction) {
   STD_TORCH_CHECK(student.is_contiguous(), "soft_target_: student must be contiguous, got ", shape(student));
   return compute(student, teacher,
-                 {labels, mask, num_items, divergence, temperature, hard_weight, jsd_beta, scale_by_temperature, ignore_index,
-                  reduction},
+                 {labels, mask, num_items, divergence, temperature, hard_weight, jsd_beta, scale_by_temperature,
+                  ignore_index, reduction},
                  student.mutable_data_ptr());
 }
 
@@ -235,7 +237,8 @@ void scale_rows_(Tensor rows, Tensor scale) {
   STD_TORCH_CHECK(rows.is_contiguous(), "scale_rows_: rows must be contiguous");
   STD_TORCH_CHECK(scale.numel() == 1 || scale.numel() * rows.size(rows.dim() - 1) == rows.numel(),
                   "scale_rows_: scale must hold one factor or one per row, got ", shape(scale), " for ", shape(rows));
-  const Tensor factors = torch::stable::contiguous(torch::stable::to(scale, std::optional<ScalarType>(ScalarType::Double)));
+  const Tensor factors =
+      torch::stable::contiguous(torch::stable::to(scale, std::optional<ScalarType>(ScalarType::Double)));
   const double* factor = static_cast<const double*>(factors.const_data_ptr());
   const Dtype dtype = dtype_of(rows);
   char* data = static_cast<char*>(rows.mutable_data_ptr());

@@ -23,8 +23,8 @@ except ImportError as error:
 
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
     raise ImportError(
-        f"pydistill {__version__} needs torch >= {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}, found torch {torch.__version__}. "
-        "Upgrade it with: pip install --upgrade 'torch>=2.10'"
+        f"pydistill {__version__} needs torch >= {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}, found torch "
+        f"{torch.__version__}. Upgrade it with: pip install --upgrade 'torch>=2.10'"
     )
 
 from pydistill.losses.soft_target import SoftTarget, soft_target_loss  # noqa: E402 (the checks above must come first)

@@ -30,7 +30,10 @@ def _load_native() -> tuple[ModuleType | None, str]:
     if os.environ.get("PYDISTILL_NATIVE") == "0":
         return None, "PYDISTILL_NATIVE=0 is set"
     if util.find_spec("pydistill._C") is None:
-        return None, "this installation has no compiled extension (built with PYDISTILL_NATIVE=0, or run from a source tree)"
+        return (
+            None,
+            "this installation has no compiled extension (built with PYDISTILL_NATIVE=0, or run from a source tree)",
+        )
     # A compiled extension that is there but does not load is a broken installation: its error must be seen.
     from pydistill import _C
 

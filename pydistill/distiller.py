@@ -36,10 +36,9 @@ class DistillerOutput(ModelOutput):
 class Distiller(nn.Module):
     """Student, teacher and objective as one module, whose forward is the whole training step.
 
-    Data parallelism, sharding and mixed precision wrap this module. Student and objective are submodules. The
-    teacher
-    is not: it is in no state dict, no optimizer and no gradient bucket, ``train()`` does not reach it, and it
-        keeps its own dtype.
+    Data parallelism, sharding and mixed precision wrap this module. Student and objective are submodules. The teacher
+    is not: it is in no state dict, no optimizer and no gradient bucket, ``train()`` does not reach it, and it keeps its
+    own dtype.
 
     Args:
         student: the model that learns.
@@ -98,10 +97,10 @@ class Distiller(nn.Module):
         Args:
             labels: hard labels, for the terms that read them.
             num_items_in_batch: replaces the denominators of the objective's means, see `Objective.forward`.
-            student_only: run the student alone; the loss is then the student's own, for evaluation. **batch:
-                student inputs under their own names. Teacher inputs are the keys ``teacher_<input>`` where
-                there are any (a teacher with its own tokenizer), otherwise the student's; recorded teacher
-                logits are ``teacher_logits [B, C]``.
+            student_only: run the student alone; the loss is then the student's own, for evaluation.
+            **batch: student inputs under their own names. Teacher inputs are the keys ``teacher_<input>`` where there
+                are any (a teacher with its own tokenizer), otherwise the student's; recorded teacher logits are
+                ``teacher_logits [B, C]``.
 
         Returns:
             `DistillerOutput`.

@@ -430,9 +430,8 @@ def _describe(result: Plan) -> None:
     result.add("run", "output", f"{result.output}{' (continued)' if result.resume and result.output.exists() else ''}")
     result.add("run", "students", f"{', '.join(config.arms)}; seeds {', '.join(map(str, config.seeds))}")
     for split, source in (("train", config.data.train), ("dev", config.data.dev), ("test", config.data.test)):
-        rows = f"{task.counts[split]:,} rows"
-        origin = source or ("held out of train" if split == "dev" or config.data.test_rows else "dev")
-        result.add("data", split, f"{rows} from {origin}")
+        origin = "held out of train" if split == "dev" or config.data.test_rows else "of dev again"
+        result.add("data", split, f"{task.counts[split]:,} rows {f'from {source}' if source else origin}")
     result.add("data", "text", " + ".join(task.text_columns))
     result.add("data", "labels", ", ".join(f"{index} = {name}" for index, name in enumerate(task.label_names)))
     for note in task.notes:

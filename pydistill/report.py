@@ -174,7 +174,8 @@ def draw_comparison(results: dict[str, Any]) -> Figure:
     for place, model, colour in zip(places, models, colours, strict=True):
         values = scores(model, results)
         mean = statistics.fmean(values)
-        left.plot(values, [place] * len(values), "|", color=colour, markersize=14, alpha=0.8)
+        if len(values) > 1:
+            left.plot(values, [place] * len(values), "|", color=colour, markersize=14, alpha=0.8)
         left.plot(mean, place, "o", color=colour, markersize=9)
         left.annotate(
             mean_and_spread(values),
@@ -209,8 +210,9 @@ def draw_comparison(results: dict[str, Any]) -> Figure:
 def draw_curves(results: dict[str, Any]) -> Figure:
     """Draw the metric on dev and the training loss over the steps, one line per student."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     for model in results["models"]:
         colour = COLOURS.get(model["name"], "#CC79A7")
@@ -220,7 +222,9 @@ def draw_curves(results: dict[str, Any]) -> Figure:
                 points = [(entry["step"], scale * entry[key]) for entry in run.get("curve", []) if key in entry]
                 if points:
                     steps, values = zip(*points, strict=True)
-                    axis.plot(steps, values, color=colour, linewidth=1.5, alpha=0.85, label=label)
+                    # Evaluations are few: their points are shown.
+                    marker = "o" if axis is left else ""
+                    axis.plot(steps, values, f"{marker}-", ms=4, lw=1.5, color=colour, alpha=0.85, label=label)
     teacher = results["models"][0]
     level = 100 * statistics.fmean(run["dev"][results["metric"]] for run in teacher["runs"])
     left.axhline(level, color=COLOURS["teacher"], linewidth=0.8, linestyle=":", label="teacher, final")
@@ -232,9 +236,13 @@ def draw_curves(results: dict[str, Any]) -> Figure:
     spread_out = bool(ends) and max(ends) > 4 * min(ends)
     for axis in (left, right):
         axis.set_xlabel("optimizer steps, log scale" if spread_out else "optimizer steps")
-        axis.set_xscale("log" if spread_out else "linear")
+        if spread_out:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.grid(alpha=0.25)
-    left.legend(fontsize=8, loc="lower right", frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -251,13 +259,16 @@ th:first-child, td:first-child { text-align: left; }
 table.facts td { text-align: left; white-space: normal; }
 th { font-weight: 600; border-bottom: 2px solid #bbb; }
 img { max-width: 100%; height: auto; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; line-height: 1.4; }
+pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: 13px; line-height: 1.4; }
 summary { cursor: pointer; font-weight: 600; margin: .6rem 0; }
 """
 
 
 def _page(folder: Path, results: dict[str, Any], pictures: dict[str, bytes], config: str) -> str:
-    title = f"{results['recipe']}: {results['task']['train']:,} training rows"
+    title = f"pydistill run: {results['recipe']}"
+    task = results["task"]
+    rows = f"{task['train']:,} training rows, {task['dev']:,} dev"
+    rows += f", {task['test']:,} test." if results["split"] == "test" else "."
     images = {
         name: f'<img alt="{name.removesuffix(".png")}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for name, data in pictures.items()
@@ -272,17 +283,17 @@ def _page(folder: Path, results: dict[str, Any], pictures: dict[str, bytes], con
             f"<style>{STYLE}</style></head><body>",
             f"<h1>{html.escape(title)}</h1>",
             f'<p class="lead">{html.escape(results.get("description", ""))}</p>',
-            f"<p>{sentence}</p>",
+            f"<p>{rows} {sentence}</p>",
             f'<div class="scroll">{_html_table(table(results))}</div>',
             f"<p>{html.escape(results['measured'])}</p>",
             f"<ul>{notes}</ul>" if notes else "",
             f"<h2>Comparison</h2>{images['comparison.png']}",
             f"<h2>Training</h2>{images['curves.png']}",
             "<h2>Stages</h2>",
-            _html_table([["stage", "time", "rows"], *_stages(results)]),
+            _html_table([["stage", "time", "rows or steps"], *_stages(results)]),
             f"<h2>Try it</h2><pre>{html.escape(predict_line(folder, results))}</pre>",
             f"<h2>Details</h2><details><summary>plan</summary><pre>{html.escape(results['plan'])}</pre></details>",
-            "<details><summary>configuration (run it again with: pydistill run config.yaml --output ANOTHER_FOLDER)</summary>",
+            "<details><summary>configuration (again: pydistill run config.yaml --output ANOTHER_FOLDER)</summary>",
             f"<pre>{html.escape(config)}</pre></details>",
             "<details><summary>every run</summary>",
             f'<div class="scroll">{_html_table(_every_run(results))}</div></details>',
@@ -339,5 +350,6 @@ def best_student(results: dict[str, Any]) -> dict[str, Any]:
 def predict_line(folder: Path, results: dict[str, Any]) -> str:
     """Return a command that tries the best student."""
     model = folder / best_student(results)["folder"]
-    texts = " ".join(shlex.quote(text) for text in results["task"]["example"])
-    return f"pydistill predict {model} {texts}"
+    special = set('"\\$`!')
+    texts = [shlex.quote(text) if special & set(text) else f'"{text}"' for text in results["task"]["example"]]
+    return f"pydistill predict {model} {' '.join(texts)}"

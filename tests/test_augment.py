@@ -233,9 +233,7 @@ def test_a_rule_switched_off_leaves_the_decisions_of_the_others(seed):
     no_mask, no_pos, no_ngram = draw(masking=False), draw(pos_replacement=False), draw(ngram=False)
     plain = draw(masking=False, pos_replacement=False)
     seen: Counter[str] = Counter()
-    for full, unmasked, unreplaced, whole, window in zip(
-        everything, no_mask, no_pos, no_ngram, plain, strict=True
-    ):
+    for full, unmasked, unreplaced, whole, window in zip(everything, no_mask, no_pos, no_ngram, plain, strict=True):
         assert len(whole) == 10 and window == WORDS[(start := WORDS.index(window[0])) :][: len(window)]
         assert full == whole[start : start + len(window)]
         for word, without_mask, without_pos, original in zip(full, unmasked, unreplaced, window, strict=True):
@@ -297,9 +295,7 @@ def test_the_pair_mode_changes_no_decision_within_a_side():
 
 
 def test_the_sides_of_a_pair_are_augmented_independently():
-    config = AugmentConfig(
-        n_iter=10_000, p_mask=0.5, p_pos=0, p_ng=0, pair_mode="both", drop_all_replaced=False
-    )
+    config = AugmentConfig(n_iter=10_000, p_mask=0.5, p_pos=0, p_ng=0, pair_mode="both", drop_all_replaced=False)
     observed = Counter(Augmenter(config, {}).augment_pair("a", "a", 0))
     assert_distribution(observed, {(a, b): 0.25 for a in ("a", "[MASK]") for b in ("a", "[MASK]")})
 
@@ -457,9 +453,7 @@ def test_the_number_of_workers_does_not_matter(columns):
     data = datasets.Dataset.from_dict({"first": corpus(rows, 1), "second": corpus(rows, 2)})
     config = AugmentConfig(n_iter=3, seed=5)
     results = [
-        augment_dataset(
-            data, columns, config, tagger=lambda w: one_tag(w), num_proc=n, progress=False
-        ).to_dict()
+        augment_dataset(data, columns, config, tagger=lambda w: one_tag(w), num_proc=n, progress=False).to_dict()
         for n in (1, 2, 3)
     ]
     assert results[0] == results[1] == results[2]
@@ -663,9 +657,7 @@ def test_file_errors_name_file_rule_and_place(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        augment_file(
-            path, tmp_path / "out.tsv", ["text"], AugmentConfig(pos_replacement=False), progress=False
-        )
+        augment_file(path, tmp_path / "out.tsv", ["text"], AugmentConfig(pos_replacement=False), progress=False)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -702,9 +694,7 @@ def test_an_interrupted_run_leaves_the_old_file_and_no_rubbish(tmp_path):
         return one_tag(words)
 
     with pytest.raises(KeyboardInterrupt):
-        augment_file(
-            source, target, ["text"], AugmentConfig(), tagger=interrupted, progress=False, overwrite=True
-        )
+        augment_file(source, target, ["text"], AugmentConfig(), tagger=interrupted, progress=False, overwrite=True)
     assert target.read_text() == "old" and sorted(tmp_path.iterdir()) == [source, target]
 
 

@@ -90,9 +90,7 @@ LENGTHS = [3, 9, 1, 0, 9, 4, 2, 6]
         ({"multichannel": False}, 603_002),
     ],
 )
-def test_parameter_count_without_embeddings_is_that_of_the_paper(
-    changes: dict[str, Any], expected: int
-) -> None:
+def test_parameter_count_without_embeddings_is_that_of_the_paper(changes: dict[str, Any], expected: int) -> None:
     model = BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=100, **changes))
     assert model.num_parameters(exclude_embeddings=True) == expected
     assert model.num_parameters(only_trainable=True) == expected + 100 * 300
@@ -100,9 +98,7 @@ def test_parameter_count_without_embeddings_is_that_of_the_paper(
 
 @pytest.mark.parametrize("multichannel", [True, False])
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
-def test_last_states_are_those_of_the_bare_sentences(
-    side: str, multichannel: bool, poisoned_memory: None
-) -> None:
+def test_last_states_are_those_of_the_bare_sentences(side: str, multichannel: bool, poisoned_memory: None) -> None:
     model, rows = tiny(multichannel=multichannel), sentences(LENGTHS)
     want = torch.stack([alone(model, row) for row in rows])
     ids, mask = padded(rows, 11, side)
@@ -317,9 +313,7 @@ def test_a_new_model_starts_with_equal_channels_and_a_zero_padding_row() -> None
 
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModel])
 def test_auto_classes_load_what_was_saved(tmp_path: Path, auto: Any) -> None:
-    model = tiny(
-        pair=True, id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2}
-    )
+    model = tiny(pair=True, id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2})
     model.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path)
     assert type(loaded) is BiLSTMForSequenceClassification and not loaded.training
@@ -483,9 +477,7 @@ def vector_file(folder: Path, kind: str, vectors: dict[str, list[float]] | None 
     lines = "".join(f"{word} {' '.join(map(repr, row))}\n" for word, row in vectors.items()).encode()
     header = f"{len(vectors)} {len(next(iter(vectors.values())))}\n".encode()
     end = b"\n" if form == "binary-newline" else b""
-    records = b"".join(
-        word.encode() + b" " + struct.pack(f"<{len(row)}f", *row) + end for word, row in vectors.items()
-    )
+    records = b"".join(word.encode() + b" " + struct.pack(f"<{len(row)}f", *row) + end for word, row in vectors.items())
     content = {
         "glove": lines,
         "text": header + lines.replace(b"\n", b" \n"),  # the original word2vec tool ends lines with a blank
@@ -497,9 +489,7 @@ def vector_file(folder: Path, kind: str, vectors: dict[str, list[float]] | None 
     return path
 
 
-@pytest.mark.parametrize(
-    "kind", ["glove", "glove.gz", "text", "text.gz", "binary", "binary.gz", "binary-newline"]
-)
+@pytest.mark.parametrize("kind", ["glove", "glove.gz", "text", "text.gz", "binary", "binary.gz", "binary-newline"])
 def test_every_format_gives_the_same_vectors(tmp_path: Path, kind: str) -> None:
     vectors, found = load_word_vectors(vector_file(tmp_path, kind), QUERY)
     assert vectors.dtype == np.float32 and found.tolist() == [True, False, True, True, True]
@@ -650,9 +640,7 @@ def test_wrong_sources_of_word_vectors_are_named(tmp_path: Path) -> None:
             word_vectors(tokenizer, **arguments)
     with pytest.raises(ValueError, match="given together"):
         word_vectors(tokenizer, teacher=teacher)
-    with pytest.raises(
-        ValueError, match=r"at least one of the 4 words, got none, such as \['unseen', 'word'\]"
-    ):
+    with pytest.raises(ValueError, match=r"at least one of the 4 words, got none, such as \['unseen', 'word'\]"):
         word_vectors(tokenizer, path=path)
     with pytest.raises(ValueError, match="padding and an unknown token, got None and 1"):
         tokenizer.pad_token = None

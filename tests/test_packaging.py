@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs 
 
 
 class Built(NamedTuple):
+    tree: Path  # what was built
     sdist: Path
     wheel: Path
     unpacked: Path  # the wheel's files, as an installation would lay them out
@@ -74,14 +75,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     unpacked = folder / "unpacked"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
-    return Built(sdist, wheel, unpacked)
+    return Built(tree, sdist, wheel, unpacked)
 
 
-def package_files() -> set[str]:
-    """What has to be in every wheel, by path inside it."""
-    files = [path.relative_to(ROOT) for path in (ROOT / "pydistill").rglob("*.py")]
-    files += [path.relative_to(ROOT) for path in (ROOT / "pydistill" / "recipes").glob("*.yaml")]
-    kernels = [Path("pydistill") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")]
+def package_files(tree: Path) -> set[str]:
+    """What has to be in every wheel of the tree, by path inside it."""
+    files = [path.relative_to(tree) for path in (tree / "pydistill").rglob("*.py")]
+    files += [path.relative_to(tree) for path in (tree / "pydistill" / "recipes").glob("*.yaml")]
+    kernels = [Path("pydistill") / path.relative_to(tree) for path in (tree / "kernels").rglob("*.py")]
     return {path.as_posix() for path in [*files, *kernels]} | {"pydistill/py.typed", "pydistill/_C.pyi"}
 
 
@@ -94,9 +95,9 @@ def metadata_of(unpacked: Path) -> Message:
 @pytest.mark.timeout(600)
 def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     files = {path.relative_to(built.unpacked).as_posix() for path in built.unpacked.rglob("*") if path.is_file()}
-    assert package_files() <= files
+    assert package_files(built.tree) <= files
     ours = {file for file in files if ".dist-info/" not in file}
-    (native,) = ours - package_files()
+    (native,) = ours - package_files(built.tree)
     assert re.fullmatch(r"pydistill/_C\.[\w.-]+\.(so|pyd)", native)
     # Above all no top-level `kernels`, which would collide with other people's.
     assert {file.split("/")[0] for file in ours} == {"pydistill"}
@@ -108,7 +109,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
 def test_source_distribution_builds_on_its_own(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         files = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    native = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    native = {path.relative_to(built.tree).as_posix() for path in (built.tree / "csrc").rglob("*") if path.is_file()}
     assert native <= files
     assert {
         "CMakeLists.txt",

@@ -106,6 +106,9 @@ def test_pictures_show_every_model() -> None:
     assert len(curves.lines) == 9 + 1  # three students with three seeds, and the teacher's level
     assert len(losses.lines) == 9
     assert curves.lines[0].get_ydata()[-1] == pytest.approx(80.0)
+    assert curves.get_xscale() == "linear"
+    results["models"][3]["runs"][0]["steps"] = 3000
+    assert report.draw_curves(results).axes[0].get_xscale() == "log"
 
 
 def test_best_student_is_chosen_on_dev_not_on_test() -> None:
@@ -113,7 +116,7 @@ def test_best_student_is_chosen_on_dev_not_on_test() -> None:
     results["models"][1]["runs"][0]["dev"]["accuracy"] = 0.99
     assert report.best_student(results)["folder"] == "students/hard-seed1"
     assert report.predict_line(Path("runs/x"), results).startswith(
-        "pydistill predict runs/x/students/hard-seed1 'a fine film'"
+        'pydistill predict runs/x/students/hard-seed1 "a fine film"'
     )
 
 

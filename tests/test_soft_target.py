@@ -1182,7 +1182,7 @@ def test_objective_term_without_teacher():
     assert term.teacher_signals == frozenset()
     value = term({"logits": tensors["student_logits"]}, {}, {"labels": tensors["labels"]})
     torch.testing.assert_close(value, F.cross_entropy(tensors["student_logits"], tensors["labels"]))
-    with pytest.raises(ValueError, match="hard_weight=1 needs labels"):
+    with pytest.raises(ValueError, match="hard_weight=1 needs integer labels"):
         term({"logits": tensors["student_logits"]}, {}, {})
     with pytest.raises(ValueError, match="divergence must be one of"):
         SoftTarget(divergence="kl")

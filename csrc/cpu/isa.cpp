@@ -33,7 +33,8 @@ Kernels choose() {
   for (const Candidate& c : candidates()) {
     if (any ? c.supported : c.kernels.isa == std::string(wanted)) {
       if (c.supported) return c.kernels;
-      throw std::runtime_error("PYDISTILL_ISA=" + std::string(wanted) + ": this processor does not have these instructions");
+      throw std::runtime_error("PYDISTILL_ISA=" + std::string(wanted) +
+                               ": this processor does not have these instructions");
     }
     names += (names.empty() ? "" : ", ") + std::string(c.kernels.isa);
   }

@@ -73,7 +73,7 @@ constexpr float exp2_c1 = 0.6931469776f, exp2_c2 = 0.2402224209f, exp2_c3 = 0.05
                 exp2_c5 = 0.001326472722f;
 
 // log(1 + x) = x - x^2/2 + x^3 Q(x) on [-1/3, 1/3]: relative error below 5e-9 (degree 7 minimax).
-constexpr float log_c[8] = {0.3333321598f,  -0.2499979767f, 0.2001040593f, -0.1668048735f,
+constexpr float log_c[8] = {0.3333321598f, -0.2499979767f, 0.2001040593f, -0.1668048735f,
                             0.1400586891f, -0.1218426085f, 0.1398443703f, -0.1289168625f};
 
 #if defined(__AVX512F__)
@@ -86,7 +86,9 @@ struct Floats {
   static PYD_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static PYD_INLINE Floats all(float x) { return {_mm512_set1_ps(x)}; }
   static PYD_INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static PYD_INLINE Floats load(const bf16* p) { return {from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  static PYD_INLINE Floats load(const bf16* p) {
+    return {from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
   static PYD_INLINE Floats load(const f16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -98,8 +100,7 @@ struct Floats {
     return {_mm512_mask_mov_ps(_mm512_set1_ps(rest), first(n), from_bf16(_mm256_maskz_loadu_epi16(first(n), p)))};
   }
   static PYD_INLINE Floats load_part(const f16* p, int64_t n, float rest) {
-    return {_mm512_mask_mov_ps(_mm512_set1_ps(rest), first(n),
-                               _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)))};
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(rest), first(n), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)))};
   }
   PYD_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   PYD_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16()); }
@@ -173,10 +174,10 @@ struct Floats {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(
-        _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan), 16);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(high),
-                                                                     _mm256_extracti128_si256(high, 1)));
+    const __m256i high =
+        _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
   }
   PYD_INLINE void store(f16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -316,7 +317,8 @@ PYD_INLINE Floats log(Floats x) {
 #pragma GCC unroll 7
   for (int i = 6; i >= 0; --i) q = fma(q, r, Floats::all(log_c[i]));
   const Floats r2 = r * r;
-  const Floats low = fma(q * r, r2, fma(e, Floats::all(1.42860677e-06f), fnma(Floats::all(0.5f), r2, Floats::all(0.0f))));
+  const Floats low =
+      fma(q * r, r2, fma(e, Floats::all(1.42860677e-06f), fnma(Floats::all(0.5f), r2, Floats::all(0.0f))));
   return fma(e, Floats::all(0.693145752f), r + low);  // ln 2 in two parts, the first with trailing zeros
 }
 

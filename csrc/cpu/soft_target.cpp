@@ -12,8 +12,8 @@
 // maximum. The teacher's exponentials wait in a per-thread buffer in the second-level cache, the student's where the
 // gradient will be, and a second walk writes it. So memory sees two reads and one write per element.
 //
-// A chunk that outgrows its reference, or holds inf or NaN (classes ruled out have logits of -inf), is done once more with
-// the chunk's own maximum and without terms for classes of probability 0.
+// A chunk that outgrows its reference, or holds inf or NaN (classes ruled out have logits of -inf), is done once more
+// with the chunk's own maximum and without terms for classes of probability 0.
 
 #include "soft_target.h"
 
@@ -26,8 +26,8 @@ namespace {
 constexpr int64_t chunk = 1024;
 constexpr int64_t narrow_classes = 16;  // up to here, one row per vector lane
 constexpr double log2e = 1.4426950408889634;
-// A chunk's sum of exponentials above this moves the reference. 2^24 leaves room for the fourth power (T = 4), which stays
-// below the second limit; at other temperatures the exponentials at T = 1 may be the ones that grow.
+// A chunk's sum of exponentials above this moves the reference. 2^24 leaves room for the fourth power (T = 4), which
+// stays below the second limit; at other temperatures the exponentials at T = 1 may be the ones that grow.
 constexpr double safe_sum = 16777216.0, most_hard = 1e30;
 
 // How the hard-label term gets its exponentials e^(s - r) at T = 1 from those at the loss's temperature.
@@ -93,9 +93,7 @@ struct Buffers {
 
   static size_t row_elements(int64_t classes) { return (classes + 63) / 64 * 64 + 64; }
   static size_t chunks(int64_t classes) { return (classes + chunk - 1) / chunk; }
-  static size_t bytes(int64_t classes) {
-    return (3 * row_elements(classes) + chunk + 2 * chunks(classes)) * sizeof(F);
-  }
+  static size_t bytes(int64_t classes) { return (3 * row_elements(classes) + chunk + 2 * chunks(classes)) * sizeof(F); }
   Buffers(void* scratch, int64_t classes) {
     // Staggered by a cache line, so that the three streams do not fall into the same sets.
     teacher = static_cast<F*>(scratch);
@@ -107,13 +105,14 @@ struct Buffers {
   }
 };
 
-// First walk over one chunk of n classes: exponentials out, their sums returned. `careful` leaves classes of probability 0
-// out of products that would be 0 * inf. `out_student` may be where `student` is.
+// First walk over one chunk of n classes: exponentials out, their sums returned. `careful` leaves classes of
+// probability 0 out of products that would be 0 * inf. `out_student` may be where `student` is.
 template <class V, class S, Divergence D, Hard H, bool careful>
-__attribute__((noinline)) Sums first_walk(const S* teacher, const S* student, int64_t n, typename V::scalar teacher_reference,
-                                          typename V::scalar student_reference, double temperature,
-                                          typename V::scalar* out_teacher, typename V::scalar* out_student,
-                                          typename V::scalar* out_hard, typename V::scalar* saved) {
+__attribute__((noinline)) Sums first_walk(const S* teacher, const S* student, int64_t n,
+                                          typename V::scalar teacher_reference, typename V::scalar student_reference,
+                                          double temperature, typename V::scalar* out_teacher,
+                                          typename V::scalar* out_student, typename V::scalar* out_hard,
+                                          typename V::scalar* saved) {
   using F = typename V::scalar;
   constexpr int width = V::width;
   const V zero = V::all(0), scale = V::all(static_cast<F>(log2e / temperature)), unit = V::all(static_cast<F>(log2e));
@@ -175,7 +174,8 @@ __attribute__((noinline)) Sums first_walk(const S* teacher, const S* student, in
   }
   // Lanes past the end hold the references: differences 0, exponentials dropped by keep_first.
   if (i < n)
-    step(i, V::load_part(teacher + i, n - i, teacher_reference), V::load_part(student + i, n - i, student_reference), n - i);
+    step(i, V::load_part(teacher + i, n - i, teacher_reference), V::load_part(student + i, n - i, student_reference),
+         n - i);
   return {sum(sum_t), sum(sum_s), sum(sum_a), sum(sum_h)};
 }
 
@@ -201,8 +201,8 @@ void exponentials(const S* teacher, const S* student, int64_t classes, double te
   total = Sums{};
   for (int64_t k = 0, low = 0; low < classes; ++k, low += chunk) {
     const int64_t n = classes - low < chunk ? classes - low : chunk;
-    Sums part = first_walk<V, S, D, H, false>(teacher + low, student + low, n, ref_t, ref_s, temperature, b.teacher + low,
-                                              exp_student + low, b.hard + low, b.saved);
+    Sums part = first_walk<V, S, D, H, false>(teacher + low, student + low, n, ref_t, ref_s, temperature,
+                                              b.teacher + low, exp_student + low, b.hard + low, b.saved);
     // Not so where a later maximum outgrew its reference, and where there is inf or NaN.
     if (!(part.teacher <= safe_sum && part.student <= safe_sum && part.hard <= most_hard && finite(part.product))) {
       const double shift_t = D == Divergence::mse ? 0 : move_reference(ref_t, max_of<V>(teacher + low, n));
@@ -222,8 +222,8 @@ void exponentials(const S* teacher, const S* student, int64_t classes, double te
       total.student *= factor_s;
       total.hard *= __builtin_exp2(shift_s * log2e);
       part = first_walk<V, S, D, H, true>(teacher + low, logits, n, ref_t == unset ? F(0) : ref_t,
-                                          ref_s == unset ? F(0) : ref_s, temperature, b.teacher + low, exp_student + low,
-                                          b.hard + low, b.saved);
+                                          ref_s == unset ? F(0) : ref_s, temperature, b.teacher + low,
+                                          exp_student + low, b.hard + low, b.saved);
     }
     b.teacher_reference[k] = ref_t;
     b.student_reference[k] = ref_s;
@@ -237,8 +237,8 @@ void exponentials(const S* teacher, const S* student, int64_t classes, double te
 
 // JSD's middle walk: log(q / m) over the teacher's buffer, KL(p||m) and KL(q||m) added up.
 template <class V>
-void jsd_walk(int64_t n, typename V::scalar factor_t, typename V::scalar factor_s, double beta, typename V::scalar* e_teacher,
-              const typename V::scalar* e_student, double& kl_p, double& kl_q) {
+void jsd_walk(int64_t n, typename V::scalar factor_t, typename V::scalar factor_s, double beta,
+              typename V::scalar* e_teacher, const typename V::scalar* e_student, double& kl_p, double& kl_q) {
   using F = typename V::scalar;
   const V v_beta = V::all(static_cast<F>(beta)), tiny = V::all(static_cast<F>(1e-37));
   const V vt = V::all(factor_t), vs = V::all(factor_s);
@@ -268,8 +268,8 @@ double row(const SoftTargetArgs& a, const S* teacher, const S* student, S* grad,
   const int64_t classes = a.classes;
   const double T = a.temperature;
   const double label_logit = H == Hard::none ? 0 : widen(student[label]);
-  // The student's exponentials wait where the gradient will be: those lines have to be brought into the cache anyway, and
-  // one stream less passes through it.
+  // The student's exponentials wait where the gradient will be: those lines have to be brought into the cache anyway,
+  // and one stream less passes through it.
   F* exp_student = b.student;
   if constexpr (may_overwrite<S, F>)
     if (grad != nullptr) exp_student = grad;
@@ -278,8 +278,9 @@ double row(const SoftTargetArgs& a, const S* teacher, const S* student, S* grad,
   exponentials<V, S, D, H>(teacher, student, classes, T, b, exp_student, z, ref_t, ref_s);
 
   const auto chunk_scale = [&](F reference, F final_reference) {
-    return reference == -static_cast<F>(__builtin_inf()) ? 0
-                                                         : __builtin_exp2((double(reference) - final_reference) * log2e / T);
+    return reference == -static_cast<F>(__builtin_inf())
+               ? 0
+               : __builtin_exp2((double(reference) - final_reference) * log2e / T);
   };
   double divergence = 0, kl_q = 0;
   if constexpr (D == Divergence::forward_kl)
@@ -327,7 +328,8 @@ double row(const SoftTargetArgs& a, const S* teacher, const S* student, S* grad,
     if constexpr (D == Divergence::mse) first = static_cast<F>(2 * a.soft_grad);
     F hard = 0;
     if constexpr (H != Hard::none)
-      hard = static_cast<F>(a.hard_grad / z.hard * (factor_s == 0 ? 0 : __builtin_exp2((double(chunk_s) - ref_s) * log2e)));
+      hard = static_cast<F>(a.hard_grad / z.hard *
+                            (factor_s == 0 ? 0 : __builtin_exp2((double(chunk_s) - ref_s) * log2e)));
     const V v_first = V::all(first), v_second = V::all(second), v_offset = V::all(offset), v_hard = V::all(hard);
 
     const auto gradient = [&](int64_t i, V es) PYD_INLINE_LAMBDA -> V {
@@ -379,8 +381,8 @@ double wide_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void* scra
     S* grad = a.grad == nullptr ? nullptr : static_cast<S*>(a.grad) + r * a.classes;
     double value = 0;
     if (valid(a, r))
-      value = row<V, S, D, H>(a, row_of<S>(a.teacher, r), row_of<S>(a.student, r), grad, H == Hard::none ? 0 : a.labels[r],
-                              buffers);
+      value = row<V, S, D, H>(a, row_of<S>(a.teacher, r), row_of<S>(a.student, r), grad,
+                              H == Hard::none ? 0 : a.labels[r], buffers);
     else if (grad != nullptr)
       __builtin_memset(grad, 0, a.classes * sizeof(S));
     total += value;
@@ -391,8 +393,8 @@ double wide_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void* scra
 
 // `n` rows of a tensor from row r0 on, one per lane; lanes that are not valid hold zeros.
 template <class S>
-PYD_INLINE void load_lanes(const Rows& rows, int64_t r0, int64_t n, const Transpose& transpose, const Floats& valid_lanes,
-                           float* lanes) {
+PYD_INLINE void load_lanes(const Rows& rows, int64_t r0, int64_t n, const Transpose& transpose,
+                           const Floats& valid_lanes, float* lanes) {
   constexpr int width = Floats::width;
   const int64_t classes = transpose.columns, row_bytes = classes * static_cast<int64_t>(sizeof(S));
   alignas(64) float flat[width * narrow_classes];
@@ -421,11 +423,13 @@ double narrow_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void*) {
   const bool hard = a.hard_value != 0 || a.hard_grad != 0;
   const double T = a.temperature;
   const V zero = V::all(0), scale = V::all(static_cast<float>(log2e / T)), unit = V::all(static_cast<float>(log2e));
-  const V inv_T = V::all(static_cast<float>(1 / T)), beta = V::all(static_cast<float>(a.jsd_beta)), tiny = V::all(1e-37f);
+  const V inv_T = V::all(static_cast<float>(1 / T)), beta = V::all(static_cast<float>(a.jsd_beta)),
+          tiny = V::all(1e-37f);
   const V soft_value = V::all(static_cast<float>(a.soft_value)), hard_value = V::all(static_cast<float>(a.hard_value));
   const V hard_grad = V::all(static_cast<float>(a.hard_grad));
-  const V soft_grad = V::all(static_cast<float>(
-      D == Divergence::mse ? 2 * a.soft_grad : D == Divergence::jsd ? a.soft_grad * (1 - a.jsd_beta) / T : a.soft_grad / T));
+  const V soft_grad = V::all(static_cast<float>(D == Divergence::mse   ? 2 * a.soft_grad
+                                                : D == Divergence::jsd ? a.soft_grad * (1 - a.jsd_beta) / T
+                                                                       : a.soft_grad / T));
   const Transpose transpose(classes);
   alignas(64) float teacher[width * narrow_classes], student[width * narrow_classes], own[width * narrow_classes];
   alignas(64) float flat[width * narrow_classes];

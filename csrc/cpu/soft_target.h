@@ -36,8 +36,9 @@ struct SoftTargetArgs {
 
 // One kernel, compiled once per instruction set (csrc/cpu/soft_target.cpp).
 struct SoftTargetKernel {
-  size_t (*scratch_bytes)(const SoftTargetArgs&);                                         // per thread, 64-byte aligned
-  double (*rows)(const SoftTargetArgs&, int64_t begin, int64_t end, void* scratch);       // returns the sum of the rows' values
+  size_t (*scratch_bytes)(const SoftTargetArgs&);  // per thread, 64-byte aligned
+  double (*rows)(const SoftTargetArgs&, int64_t begin, int64_t end,
+                 void* scratch);  // returns the sum of the rows' values
 };
 
 // Blocks of rows are the unit of work and of summation, so that the result does not depend on the number of threads.

@@ -118,14 +118,10 @@ class AugmentConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"AugmentConfig: {name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.mask_token, str) or self.mask_token.split() != [self.mask_token]:
-            raise ValueError(
-                f"AugmentConfig: mask_token must be one word without white space, got {self.mask_token!r}"
-            )
+            raise ValueError(f"AugmentConfig: mask_token must be one word without white space, got {self.mask_token!r}")
         modes = get_args(PairMode)
         if self.pair_mode not in modes:
-            raise ValueError(
-                f"AugmentConfig: pair_mode must be one of {', '.join(modes)}, got {self.pair_mode!r}"
-            )
+            raise ValueError(f"AugmentConfig: pair_mode must be one of {', '.join(modes)}, got {self.pair_mode!r}")
 
     @property
     def needs_tags(self) -> bool:
@@ -170,9 +166,7 @@ def _split_chunk(chunk: str) -> list[str]:
     head, core, tail = match.groups()
     if tail.startswith(".") and _INITIALS.fullmatch(core + "."):
         core, tail = core + ".", tail[1:]
-    return (
-        [run.group() for run in _RUNS.finditer(head)] + [core] + [run.group() for run in _RUNS.finditer(tail)]
-    )
+    return [run.group() for run in _RUNS.finditer(head)] + [core] + [run.group() for run in _RUNS.finditer(tail)]
 
 
 class _TextBlobTagger:
@@ -262,9 +256,7 @@ class Augmenter:
         self._unigrams: dict[str, _Unigrams] = {}
         for tag, counts in unigrams.items():
             if any(count < 1 for count in counts.values()):
-                raise ValueError(
-                    f"Augmenter: unigrams must hold positive counts, got {dict(counts)} for tag {tag!r}"
-                )
+                raise ValueError(f"Augmenter: unigrams must hold positive counts, got {dict(counts)} for tag {tag!r}")
             if counts:
                 # Sorted, so that the draw does not depend on the order in which words were counted.
                 words = sorted(counts)
@@ -414,8 +406,7 @@ def _tags(tagger: Tagger, words: list[str]) -> list[str]:
     tags = tagger(words) if words else []
     if len(tags) != len(words):
         raise ValueError(
-            f"Augmenter: tagger must return one tag per word, got {len(tags)} tags "
-            f"for {len(words)} words: {words}"
+            f"Augmenter: tagger must return one tag per word, got {len(tags)} tags for {len(words)} words: {words}"
         )
     return tags
 
@@ -489,12 +480,9 @@ def _augment_chunk(augmenter: Augmenter, first_index: int, rows: list[_Row]) -> 
     """Samples of each row of a chunk, before any removal."""
     if rows and len(rows[0]) == 2:
         return [
-            list[_Sample](augmenter.augment_pair(row[0], row[1], index))
-            for index, row in enumerate(rows, first_index)
+            list[_Sample](augmenter.augment_pair(row[0], row[1], index)) for index, row in enumerate(rows, first_index)
         ]
-    return [
-        [(text,) for text in augmenter.augment(row[0], index)] for index, row in enumerate(rows, first_index)
-    ]
+    return [[(text,) for text in augmenter.augment(row[0], index)] for index, row in enumerate(rows, first_index)]
 
 
 _worker_augmenter: Augmenter
@@ -509,9 +497,7 @@ def _work(first_index: int, rows: list[_Row]) -> list[list[_Sample]]:
     return _augment_chunk(_worker_augmenter, first_index, rows)
 
 
-def _chunks(
-    augmenter: Augmenter, rows: list[_Row], num_proc: int
-) -> Iterator[tuple[int, list[list[_Sample]]]]:
+def _chunks(augmenter: Augmenter, rows: list[_Row], num_proc: int) -> Iterator[tuple[int, list[list[_Sample]]]]:
     """`(index of the first row, samples per row)` of consecutive chunks, in order."""
     starts = range(0, len(rows), _CHUNK_ROWS)
     if num_proc == 1:
@@ -547,9 +533,7 @@ def _augment_rows(
     counts: AugmentCounts,
 ) -> Iterator[tuple[list[int], list[_Sample]]]:
     """New samples chunk by chunk with the rows they come from; fills in `counts` on the way."""
-    augmenter = Augmenter.from_corpus(
-        (text for row in rows for text in row), config, tagger, progress=progress
-    )
+    augmenter = Augmenter.from_corpus((text for row in rows for text in row), config, tagger, progress=progress)
     distinct = _Filter(counts)
     for row in rows:
         distinct.add_original(row)
@@ -567,9 +551,7 @@ def _augment_rows(
     counts.all_replaced = counts.drawn - counts.copies - counts.duplicates - counts.written
 
 
-def _bar(
-    what: str, unit: str, show: bool, *, items: Iterable[str] | None = None, total: int | None = None
-) -> Any:
+def _bar(what: str, unit: str, show: bool, *, items: Iterable[str] | None = None, total: int | None = None) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(items, total=total, desc=what, unit=unit, disable=not show)
@@ -577,11 +559,7 @@ def _bar(
 
 def _check_columns(where: str, text_columns: Sequence[str], present: Sequence[str]) -> list[str]:
     """The text columns as a list, or an error that says what is wrong with them."""
-    if (
-        isinstance(text_columns, str)
-        or len(text_columns) not in (1, 2)
-        or len(set(text_columns)) != len(text_columns)
-    ):
+    if isinstance(text_columns, str) or len(text_columns) not in (1, 2) or len(set(text_columns)) != len(text_columns):
         raise ValueError(
             f"{where}: text_columns must be a list of one column name, or of two different ones for pairs, "
             f"got {text_columns!r}"
@@ -589,8 +567,7 @@ def _check_columns(where: str, text_columns: Sequence[str], present: Sequence[st
     for column in text_columns:
         if column not in present:
             raise ValueError(
-                f"{where}: text_columns names {column!r}, which is not a column; "
-                f"the columns are: {', '.join(present)}"
+                f"{where}: text_columns names {column!r}, which is not a column; the columns are: {', '.join(present)}"
             )
         if column == SOURCE_COLUMN:
             raise ValueError(
@@ -606,8 +583,7 @@ def _check_rows(where: str, columns: list[str], values: Sequence[Sequence[Any]])
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"{where}: column {column!r} must hold text, got {text!r} in row {index}; "
-                    "remove or fill such rows"
+                    f"{where}: column {column!r} must hold text, got {text!r} in row {index}; remove or fill such rows"
                 )
             try:
                 text.encode()
@@ -661,9 +637,7 @@ def augment_dataset(
 
     where = "augment_dataset"
     if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            f"{where}: dataset must be one split, a datasets.Dataset, got {type(dataset).__name__}"
-        )
+        raise TypeError(f"{where}: dataset must be one split, a datasets.Dataset, got {type(dataset).__name__}")
     _check_num_proc(where, num_proc)
     columns = _check_columns(where, text_columns, dataset.column_names)
     plain = dataset.with_format(None)

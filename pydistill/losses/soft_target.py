@@ -36,7 +36,7 @@ def soft_target_reference(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> Tensor:
-    """The specification of `soft_target_loss`: eager PyTorch in fp32 (fp64 for fp64 inputs), differentiated by autograd."""
+    """The specification of `soft_target_loss`: eager PyTorch in fp32 (fp64 for fp64), differentiated by autograd."""
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     valid = _valid_rows(labels, mask, ignore_index)
@@ -205,10 +205,15 @@ def _check_inplace(student_logits: Tensor, impl: str) -> None:
     if impl == "reference":
         _fail("inplace=True needs a fused kernel, and impl resolved to the reference; pass inplace=False")
     if torch.compiler.is_compiling():
-        _fail("inplace=True is not supported under torch.compile, which plans memory itself; pass inplace=False", RuntimeError)
+        _fail(
+            "inplace=True is not supported under torch.compile, which plans memory itself; pass inplace=False",
+            RuntimeError,
+        )
     owner = student_logits if student_logits._base is None else student_logits._base
     if owner.is_leaf and owner.requires_grad:
-        _fail("inplace=True would overwrite a leaf that requires grad; pass logits computed by a model, or inplace=False")
+        _fail(
+            "inplace=True would overwrite a leaf that requires grad; pass logits computed by a model, or inplace=False"
+        )
     if not student_logits.is_contiguous():
         _fail(
             f"inplace=True needs contiguous student_logits, got strides {student_logits.stride()} for shape "
@@ -217,6 +222,7 @@ def _check_inplace(student_logits: Tensor, impl: str) -> None:
 
 
 # --------------------------------------------------------------------------- the compiled op
+
 
 def _register() -> None:
     """Fake kernels and autograd of the compiled op. Autograd is written once, for every backend."""
@@ -333,8 +339,8 @@ def soft_target_loss(
     ================== =============================================================================================
 
     Same value as ``F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1), reduction="batchmean") * T**2`` for the
-    default arguments and 2-D logits. One sweep computes loss and gradient: each logit is read once, the gradient written
-    once, nothing else of that size exists.
+    default arguments and 2-D logits. One sweep computes loss and gradient: each logit is read once, the gradient
+    written once, nothing else of that size exists.
 
     Args:
         student_logits: ``[*, C]``, fp32, bf16, fp16 or fp64; any strides. Receives the gradient.
@@ -346,13 +352,15 @@ def soft_target_loss(
         hard_weight: w in [0, 1].
         jsd_beta: :math:`\beta` in [0, 1], for ``jsd`` only.
         scale_by_temperature: multiply the soft part by T², which keeps its gradient's size independent of T.
-        mask: ``[*]`` boolean or integer, non-zero = valid. Invalid rows have zero loss and zero gradient, whatever they hold.
+        mask: ``[*]`` boolean or integer, non-zero = valid. Invalid rows have zero loss and zero gradient, whatever they
+            hold.
         ignore_index: label of rows to leave out.
         reduction: ``"mean"`` over valid rows, ``"sum"``, or ``"none"`` (one value per row, ``[*]``).
-        num_items: replaces the mean's denominator (number or 0-d tensor), for gradient accumulation and data parallelism.
+        num_items: replaces the mean's denominator (number or 0-d tensor), for gradient accumulation and data
+            parallelism.
         inplace: write the gradient over the storage of `student_logits`, which then holds no logits any more: no memory
-            at all. Safe under autograd: an operation that saved these logits raises in its backward. Without a gradient to
-            compute, it has nothing to write and the logits stay as they are.
+            at all. Safe under autograd: an operation that saved these logits raises in its backward. Without a gradient
+            to compute, it has nothing to write and the logits stay as they are.
         impl: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -387,6 +395,11 @@ def soft_target_loss(
         )
     if student_logits.dtype != teacher_logits.dtype:
         wider = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+        if inplace and wider != student_logits.dtype:
+            _fail(
+                f"inplace=True needs teacher_logits no wider than the student's {student_logits.dtype}, got "
+                f"{teacher_logits.dtype}; pass teacher_logits.to({student_logits.dtype}), or inplace=False"
+            )
         student_logits, teacher_logits = student_logits.to(wider), teacher_logits.to(wider)
     if num_items is not None and not isinstance(num_items, Tensor):
         num_items = torch.full((), num_items, dtype=torch.float64, device=student_logits.device)
@@ -431,18 +444,18 @@ def sparse_soft_target_loss(
     measured is at most the dense one, and equal to it when K = C, when the tail has no mass, or when the student
     distributes its tail like the teacher.
 
-    The log-probabilities are those at T = 1. At another temperature the K listed classes are exact relative to each other;
-    the teacher's tail is taken as spread evenly over the C - K unlisted classes, the least informed guess. Its mass then
-    is :math:`(C-K)^{1-1/T}\,\mathrm{tail}^{1/T}` before normalisation, against :math:`p_k^{1/T}`.
+    The log-probabilities are those at T = 1. At another temperature the K listed classes are exact relative to each
+    other; the teacher's tail is taken as spread evenly over the C - K unlisted classes, the least informed guess. Its
+    mass then is :math:`(C-K)^{1-1/T}\,\mathrm{tail}^{1/T}` before normalisation, against :math:`p_k^{1/T}`.
 
     Args:
         student_logits: ``[*, C]``. Receives the gradient.
         teacher_ids: ``[*, K]`` integer class ids, distinct within a row, K from 1 to C.
         teacher_log_probs: ``[*, K]`` their natural log-probabilities at T = 1.
-        labels, temperature, hard_weight, jsd_beta, scale_by_temperature, mask, ignore_index, reduction, num_items: as in
-            `soft_target_loss`.
-        divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` or ``cross_entropy``; the squared logit distance (``mse``) needs
-            all of the teacher's logits.
+        labels, temperature, hard_weight, jsd_beta, scale_by_temperature, mask, ignore_index, reduction, num_items: as
+            in `soft_target_loss`.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` or ``cross_entropy``; the squared logit distance (``mse``)
+            needs all of the teacher's logits.
         impl: ``"auto"`` or ``"reference"``: this entry point has the eager implementation only.
 
     Returns:
@@ -455,7 +468,10 @@ def sparse_soft_target_loss(
     _check_rows(student_logits, labels, mask)
     _check_detached("teacher_log_probs", teacher_log_probs)
     if divergence == "mse":
-        _fail("divergence='mse' needs the teacher's full logits, and this teacher is sparse; pick a divergence of distributions")
+        _fail(
+            "divergence='mse' needs the teacher's full logits, and this teacher is sparse; "
+            "pick a divergence of distributions"
+        )
     if impl not in ("auto", "reference"):
         _fail(f"impl={impl!r} has no kernel for a sparse teacher; use impl='auto' or impl='reference'")
     rows, classes = student_logits.shape[:-1], student_logits.size(-1)
@@ -490,13 +506,13 @@ def sparse_soft_target_loss(
     if hard_weight > 0:
         assert labels is not None
         target = labels if valid is None else torch.where(valid, labels, 0)
-        row_loss = row_loss - hard_weight * F.log_softmax(student, -1).gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
+        row_loss = row_loss - hard_weight * F.log_softmax(student, -1).gather(-1, target.long().unsqueeze(-1)).squeeze(
+            -1
+        )
     return _reduce(row_loss, valid, reduction, num_items)
 
 
-def _coarse_log_probs(
-    student: Tensor, teacher_ids: Tensor, log_p: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _coarse_log_probs(student: Tensor, teacher_ids: Tensor, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the K listed classes and of the rest, at the temperature: both [*, K + 1]."""
     classes, listed = student.size(-1), teacher_ids.size(-1)
     scaled = student / temperature
@@ -578,7 +594,10 @@ class SoftTarget(nn.Module):
         """
         student_logits, labels = student["logits"], _class_ids(batch)
         if labels is None and num_items is not None and student_logits.dim() > 2:
-            _fail("logits of several rows per example need labels (-100 where a row does not count), and the batch has none")
+            _fail(
+                "logits of several rows per example need labels (-100 where a row does not count), "
+                "and the batch has none"
+            )
         if self.teacher_signals:
             return soft_target_loss(student_logits, teacher["logits"], labels, num_items=num_items, **self.options)
         if labels is None:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -553,8 +552,9 @@ def _evaluate(
             teacher.model, teacher.tokenizer, Path(teacher.source), rows[split], config.teacher.max_length, "teacher"
         )
     ]
+    costs: dict[str, Any] = {}
     for arm, folders in students.items():
-        runs, costs = [], []
+        runs = []
         for folder in folders.values():
             student = BiLSTMForSequenceClassification.from_pretrained(folder).eval()
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -562,10 +562,10 @@ def _evaluate(
             record |= measure(student, tokenizer, config.student.max_length)
             record["folder"] = str(folder.relative_to(plan.output))
             runs.append(record)
-            costs.append(_costs(student, tokenizer, folder, rows[split], config.student.max_length, "student"))
+            # One architecture and vocabulary for all students: timing each would only show the noise of the machine.
+            costs = costs or _costs(student, tokenizer, folder, rows[split], config.student.max_length, "student")
             _write_card(plan, folder, arm, record, split)
-        fastest = statistics.median(cost["sentences_per_second"] for cost in costs)
-        models.append({"name": arm, "runs": runs} | costs[0] | {"sentences_per_second": fastest})
+        models.append({"name": arm, "runs": runs} | costs)
     return {
         "recipe": config.recipe,
         "description": config.description,
@@ -577,7 +577,7 @@ def _evaluate(
         "stages": stages.done,
         "measured": (
             f"{split}: {task.counts[split]:,} rows. Speed: tokenization and forward pass in float32 on the CPU "
-            f"({_cpu_name()}, {torch.get_num_threads()} threads), rows in batches of similar length, best of "
+            f"({_cpu_name()}, threads: {torch.get_num_threads()}), rows in batches of similar length, best of "
             f"{TIMED_REPEATS}. Parameters count what training changes plus the frozen word vectors; "
             "without embeddings: everything but the embedding tables."
         ),
@@ -591,9 +591,10 @@ def _texts(rows: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _example(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """Return a row that is short enough to be typed."""
-    short = (row for row in rows if 4 <= max(len(text.split()) for text in row) <= 12)
-    return next(short, rows[0])
+    """Return a row that is short, and free of what a shell would need quoted."""
+    short = [row for row in rows if 4 <= max(len(text.split()) for text in row) <= 12]
+    plain = (row for row in short if not set("'\"\\$`!") & set("".join(row)))
+    return next(plain, rows[0])
 
 
 def _costs(

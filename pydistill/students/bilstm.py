@@ -152,9 +152,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(
-        ctx: Any, projected: Tensor, index: Tensor, weight_hh: Tensor, counts: Sequence[int]
-    ) -> Tensor:
+    def forward(ctx: Any, projected: Tensor, index: Tensor, weight_hh: Tensor, counts: Sequence[int]) -> Tensor:
         hidden, rows, total = weight_hh.shape[2], counts[0], index.shape[1]
         # word u of direction d is row 2 u + d of the flattened projections
         flat = index * 2 + torch.tensor([[0], [1]])
@@ -398,9 +396,7 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
                 f"got {ids[0].shape[0]} vs {ids[1].shape[0]}"
             )
         width = max(row_ids.shape[1] for row_ids in ids)
-        both, mask = (
-            torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]) for parts in (ids, shown)
-        )
+        both, mask = (torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]) for parts in (ids, shown))
         first, second = self.last_states(both, mask).chunk(2)
         return first, second
 
@@ -431,9 +427,7 @@ class BiLSTMForSequenceClassification(PreTrainedModel):
         if pair_input_ids is None:
             features = self.last_states(input_ids, attention_mask)
         else:
-            first, second = self._pair_states(
-                (input_ids, pair_input_ids), (attention_mask, pair_attention_mask)
-            )
+            first, second = self._pair_states((input_ids, pair_input_ids), (attention_mask, pair_attention_mask))
             features = torch.cat([first, second, first * second, (first - second).abs()], dim=1)
         logits = self.classifier(self.dropout(torch.relu(self.hidden(features))))
         loss = None

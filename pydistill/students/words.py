@@ -45,9 +45,7 @@ def build_word_tokenizer(
         ValueError: max_size below 3, min_count below 1, sentences that are not text or hold no such word.
     """
     if max_size is not None and max_size < 3:
-        raise ValueError(
-            f"build_word_tokenizer: max_size must be at least 3 ([PAD], [UNK], a word), got {max_size}"
-        )
+        raise ValueError(f"build_word_tokenizer: max_size must be at least 3 ([PAD], [UNK], a word), got {max_size}")
     if min_count < 1:
         raise ValueError(f"build_word_tokenizer: min_count must be at least 1, got {min_count}")
     if isinstance(sentences, str):
@@ -81,9 +79,7 @@ def build_word_tokenizer(
 def _texts(sentences: Iterable[str]) -> Iterator[str]:
     for index, sentence in enumerate(sentences):
         if not isinstance(sentence, str):
-            raise ValueError(
-                f"build_word_tokenizer: sentences must be texts, got {type(sentence).__name__} at {index}"
-            )
+            raise ValueError(f"build_word_tokenizer: sentences must be texts, got {type(sentence).__name__} at {index}")
         yield sentence
 
 
@@ -134,16 +130,12 @@ def _read_vectors(path: Path, file: BinaryIO, wanted: set[bytes]) -> tuple[int, 
             return size, _read_text(path, file, 2, size, wanted, count)
         return size, _read_binary(path, file, size, wanted, count)
     if len(fields) < 2:
-        raise ValueError(
-            f"load_word_vectors: {path}: line 1: must hold a word and its numbers, got {first[:80]!r}"
-        )
+        raise ValueError(f"load_word_vectors: {path}: line 1: must hold a word and its numbers, got {first[:80]!r}")
     file.seek(0)
     return len(fields) - 1, _read_text(path, file, 1, len(fields) - 1, wanted, None)
 
 
-def _read_text(
-    path: Path, file: BinaryIO, first_line: int, size: int, wanted: set[bytes], count: int | None
-) -> _Rows:
+def _read_text(path: Path, file: BinaryIO, first_line: int, size: int, wanted: set[bytes], count: int | None) -> _Rows:
     """Lines of a word and `size` numbers; `count` is what the header promises."""
     rows: _Rows = {}
     seen = 0
@@ -154,9 +146,7 @@ def _read_text(
         seen += 1
         where = f"load_word_vectors: {path}: line {number}: "
         if line.count(b" ") + line.count(b"\t") < size:
-            raise ValueError(
-                f"{where}must hold a word and {size} numbers, got {len(line.split()) - 1} numbers"
-            )
+            raise ValueError(f"{where}must hold a word and {size} numbers, got {len(line.split()) - 1} numbers")
         word = line.split(None, 1)[0]
         if word not in wanted or word in rows:
             continue
@@ -175,9 +165,7 @@ def _read_text(
         if len(rows) == len(wanted):
             return rows
     if count is not None and seen < count:
-        raise ValueError(
-            f"load_word_vectors: {path}: the header promises {count} vectors, the file has {seen}"
-        )
+        raise ValueError(f"load_word_vectors: {path}: the header promises {count} vectors, the file has {seen}")
     return rows
 
 
@@ -208,9 +196,7 @@ def _read_binary(path: Path, file: BinaryIO, size: int, wanted: set[bytes], coun
             continue
         row = np.frombuffer(buffer, dtype="<f4", count=size, offset=blank + 1)
         if not np.isfinite(row).all():
-            raise ValueError(
-                f"load_word_vectors: {path}: vector {number}: numbers must be finite, got NaN or infinite"
-            )
+            raise ValueError(f"load_word_vectors: {path}: vector {number}: numbers must be finite, got NaN or infinite")
         rows[word] = row.astype(np.float32)
         if len(rows) == len(wanted):
             break
@@ -273,9 +259,7 @@ def word_vectors(
         raise ValueError("word_vectors: teacher and teacher_tokenizer must be given together")
     pad, unk = tokenizer.pad_token_id, tokenizer.unk_token_id
     if pad is None or unk is None:
-        raise ValueError(
-            f"word_vectors: tokenizer must have a padding and an unknown token, got {pad} and {unk}"
-        )
+        raise ValueError(f"word_vectors: tokenizer must have a padding and an unknown token, got {pad} and {unk}")
     words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     if path is not None:
         vectors, found = load_word_vectors(path, words)
