@@ -421,6 +421,7 @@ double narrow_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void*) {
   constexpr int width = V::width;
   const int64_t classes = a.classes;
   const bool hard = a.hard_value != 0 || a.hard_grad != 0;
+  const bool selective = a.mask != nullptr || a.labels != nullptr;
   const double T = a.temperature;
   const V zero = V::all(0), scale = V::all(static_cast<float>(log2e / T)), unit = V::all(static_cast<float>(log2e));
   const V inv_T = V::all(static_cast<float>(1 / T)), beta = V::all(static_cast<float>(a.jsd_beta)),
@@ -438,12 +439,16 @@ double narrow_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void*) {
   for (int64_t r0 = begin; r0 < end; r0 += width) {
     const int64_t n = end - r0 < width ? end - r0 : width;
     alignas(64) float weights[width], labels[width], values[width];
-    for (int64_t l = 0; l < width; ++l) {
-      const bool ok = l < n && valid(a, r0 + l);
-      weights[l] = ok ? 1 : 0;
-      labels[l] = ok && hard ? static_cast<float>(a.labels[r0 + l]) : -1;
+    V weight = V::all(1), label = V::all(-1);
+    if (selective || n < width) {
+      for (int64_t l = 0; l < width; ++l) {
+        const bool ok = l < n && valid(a, r0 + l);
+        weights[l] = ok ? 1 : 0;
+        labels[l] = ok && hard ? static_cast<float>(a.labels[r0 + l]) : -1;
+      }
+      weight = V::load(weights);
+      label = V::load(labels);
     }
-    const V weight = V::load(weights), label = V::load(labels);
     load_lanes<S>(a.teacher, r0, n, transpose, weight, teacher);
     load_lanes<S>(a.student, r0, n, transpose, weight, student);
 
@@ -500,7 +505,8 @@ double narrow_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void*) {
     if (hard) value = fma(hard_value, log(sum_h) - at_label, value);
     where_positive(weight, value, zero).store(values);
     for (int l = 0; l < width; ++l) total[l] += values[l];
-    for (int64_t l = 0; l < n; ++l) write_row_loss<S>(a, r0 + l, values[l]);
+    if (a.row_loss != nullptr)
+      for (int64_t l = 0; l < n; ++l) write_row_loss<S>(a, r0 + l, values[l]);
     if (a.grad == nullptr) continue;
 
     const V inv_h = hard ? hard_grad / sum_h : zero;
