@@ -21,7 +21,7 @@ import pydistill.students  # noqa: F401 (registers the student architectures wit
 from pydistill.config import UserError
 
 # Padded tokens per batch: large enough to fill two cores, small enough to stay in cache.
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 8192
 
 
 def class_names(config: PretrainedConfig) -> list[str]:

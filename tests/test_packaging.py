@@ -43,11 +43,18 @@ def run(
     return subprocess.run(list(map(str, command)), cwd=cwd, env=kept, capture_output=True, text=True, timeout=timeout)
 
 
+# An editable installation in this environment would offer its own modules for those that a wheel does not have.
+HIDE_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+"""
+
+
 def python(
     code: str, cwd: Path, path: Path, env: dict[str, str | None] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`code` in a new interpreter that finds the packages in `path` first."""
-    return run([sys.executable, "-c", code], cwd, {"PYTHONPATH": str(path), **(env or {})})
+    return run([sys.executable, "-c", HIDE_EDITABLE + code], cwd, {"PYTHONPATH": str(path), **(env or {})})
 
 
 def copy_of_tree(target: Path) -> Path:

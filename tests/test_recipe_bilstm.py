@@ -23,10 +23,12 @@ from pydistill.recipes import run
 from pydistill.recipes.bilstm import (
     Stages,
     TeacherHandle,
+    _new_student,
     _transfer_set,
     _with_mask_token,
     classification_metrics,
 )
+from pydistill.trainer import DistillationTrainer
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,14 @@ def test_labelled_rows_keep_their_labels_and_synthetic_rows_take_the_teacher_s(s
     assert train.features["labels"] == parts["augmented"].features["labels"]
 
 
+def test_a_seed_decides_the_first_weights(shared: Path, tmp_path: Path) -> None:
+    planned = plan("bilstm", settings(shared, tmp_path / "run"), dry_run=False)
+    tokenizer = AutoTokenizer.from_pretrained(shared / "run" / "students" / "hard-seed1")
+    vectors = torch.zeros(len(tokenizer), 32)
+    one, again, two = (_new_student(planned, tokenizer, vectors, seed).lstm.weight_ih_l0 for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, two)
+
+
 def test_mask_token_of_the_teacher_is_what_it_sees() -> None:
     rows = Dataset.from_dict({"a": ["[MASK] film", "x [MASK]"], "b": ["none", "[MASK]"]})
 
@@ -215,7 +225,12 @@ def test_training_continues_from_its_checkpoint_to_the_same_student(
         with pytest.raises(KeyboardInterrupt):
             run("bilstm", keys)
     assert list((output / "work" / "students-distilled-seed2").glob("checkpoint-*"))
-    run("bilstm", keys, resume=True)
+    steps = []
+    with monkeypatch.context() as patch:
+        step = DistillationTrainer.training_step
+        patch.setattr(DistillationTrainer, "training_step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])
+        run("bilstm", keys, resume=True)
+    assert len(steps) == 3 * 15, "three of the four epochs were left"
     continued = load_file(output / "students" / "distilled-seed2" / "model.safetensors")
     straight = load_file(shared / "run" / "students" / "distilled-seed2" / "model.safetensors")
     assert continued.keys() == straight.keys()

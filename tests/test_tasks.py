@@ -141,6 +141,11 @@ def test_hub_sources_go_through_datasets(tmp_path: Path) -> None:
         ([("a", 0.5), ("b", 1.25), ("c", 2)], {}, "scores, not classes"),
         ([("a", ""), ("b", "x"), ("c", "y")], {}, "have no label"),
         (ROWS, {"labels": ["neg", "neutral"]}, "the label 'pos' is not one of data.labels: neg, neutral"),
+        (
+            [("a", 0), ("b", 1), ("c", 2)],
+            {"labels": ["neg", "pos"]},
+            "the label '2' is not one of data.labels: neg, pos",
+        ),
         (ROWS, {"labels": ["neg", "pos", "other"]}, "no example of the class 'other'"),
         (ROWS, {"labels": ["neg", "neg"]}, "must not repeat"),
         (ROWS, {"dev": None, "dev_rows": 6}, "cannot hold out 6 of 6 rows"),

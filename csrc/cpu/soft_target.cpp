@@ -40,8 +40,9 @@ PYD_INLINE bool finite(X x) {
 
 template <class S>
 PYD_INLINE const S* row_of(const Rows& rows, int64_t r) {
-  return reinterpret_cast<const S*>(static_cast<const char*>(rows.data) + r / rows.inner * rows.outer_stride +
-                                    r % rows.inner * rows.inner_stride);
+  const int64_t outer = r < rows.inner ? 0 : r / rows.inner;  // a division costs more than a narrow row
+  return reinterpret_cast<const S*>(static_cast<const char*>(rows.data) + outer * rows.outer_stride +
+                                    (r - outer * rows.inner) * rows.inner_stride);
 }
 
 PYD_INLINE bool valid(const SoftTargetArgs& a, int64_t r) {

@@ -277,26 +277,29 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     return gradient
 
 
-class _InplaceSoftTarget(torch.autograd.Function):
-    """The op that writes the gradient over the student's logits.
+class _FusedSoftTarget(torch.autograd.Function):
+    """The op in eager mode. What is registered above does the same for compilers, at 60 us more of Python per call.
 
-    The write goes through a detached alias, which shares the version counter: whoever saved these logits for its own
-    backward finds them modified and raises, instead of computing with a gradient in place of logits.
+    In place, the write goes through a detached alias, which shares the version counter: whoever saved these logits for
+    its own backward finds them modified and raises, instead of computing with a gradient in place of logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
-        gradient = student.detach()
-        loss, gradient_scale = torch.ops.pydistill.soft_target_(gradient, teacher, *options)
-        # The dispatcher does not count writes of compiled ops.
-        torch.autograd.graph.increment_version(gradient)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, inplace: bool, *options: Any) -> Tensor:
+        if inplace:
+            gradient = student.detach()
+            loss, gradient_scale = torch.ops.pydistill.soft_target_(gradient, teacher, *options)
+            # The dispatcher does not count writes of compiled ops.
+            torch.autograd.graph.increment_version(gradient)
+        else:
+            loss, gradient, gradient_scale = torch.ops.pydistill.soft_target(student, teacher, *options, True)
         ctx.save_for_backward(gradient, gradient_scale)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         gradient, gradient_scale = ctx.saved_tensors
-        return _scaled(gradient, grads[0] * gradient_scale), *(None,) * 11
+        return _scaled(gradient, grads[0] * gradient_scale), *(None,) * 12
 
 
 if _dispatch.native is not None:
@@ -415,8 +418,8 @@ def soft_target_loss(
         ignore_index,
         reduction,
     )
-    if inplace and with_gradient:
-        return _InplaceSoftTarget.apply(student_logits, teacher_logits, *options)
+    if with_gradient and not torch.compiler.is_compiling():
+        return _FusedSoftTarget.apply(student_logits, teacher_logits, inplace, *options)
     return torch.ops.pydistill.soft_target(student_logits, teacher_logits, *options, with_gradient)[0]
 
 
