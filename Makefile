@@ -102,6 +102,8 @@ $(COMPAT_VENV)/.tools:
 compat: build/.wheel $(COMPAT_VENV)/.tools
 	$(COMPAT_BIN)/python $(PIP_INSTALL) --no-deps --force-reinstall dist/pydistill-*.whl
 	rm -rf build/compat && mkdir -p build/compat && cp -r tests pyproject.toml build/compat
+	cd build/compat && $(COMPAT_BIN)/python -c \
+	  "import torch, pydistill._dispatch as d; print('torch', torch.__version__, '-', d.native_reason)"
 	cd build/compat && $(COMPAT_BIN)/python -m pytest tests/test_soft_target.py $(TEST_ARGS)
 
 clean:

@@ -133,6 +133,7 @@ class StudentConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
     embedding_size: int | None = Field(None, gt=0, description="width of random vectors; otherwise the vectors' own")
     vectors: str = Field("teacher", description="teacher | random | a word2vec or GloVe file")
+    vectors_std: float | None = Field(None, gt=0, description="scale the vectors to this standard deviation")
     vocabulary_size: int | None = Field(None, gt=2, description="keep only the most frequent words")
     min_count: int = Field(1, gt=0, description="drop words seen less often in the training rows")
     lowercase: bool = True

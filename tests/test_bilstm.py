@@ -617,6 +617,14 @@ def test_word_vectors_fill_every_row(tmp_path: Path) -> None:
     assert torch.equal(word_vectors(tokenizer, path=path), table)
     assert not torch.equal(word_vectors(tokenizer, path=path, seed=1)[unseen], table[unseen])
 
+    scaled = word_vectors(tokenizer, path=path, std=0.25)
+    ratio = scaled[scaled != 0] / table[scaled != 0]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio[0])))  # a factor, nothing else
+    found = tokenizer.convert_tokens_to_ids(list(VECTORS))
+    assert float(scaled[found].std(correction=0)) == pytest.approx(0.25, rel=1e-5)
+    with pytest.raises(ValueError, match="std must be above 0, got 0"):
+        word_vectors(tokenizer, path=path, std=0.0)
+
 
 def test_word_vectors_from_a_teacher_go_into_the_student() -> None:
     teacher, teacher_tokenizer = tiny_teacher()

@@ -414,12 +414,12 @@ def _train_students(
 
 
 def _vectors(plan: Plan, teacher: TeacherHandle, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
-    source = plan.config.student.vectors
+    source, std = plan.config.student.vectors, plan.config.student.vectors_std
     if source == "random":
         return None
     if source == "teacher":
-        return word_vectors(tokenizer, teacher=teacher.model, teacher_tokenizer=teacher.tokenizer)
-    return word_vectors(tokenizer, path=Path(source).expanduser())
+        return word_vectors(tokenizer, teacher=teacher.model, teacher_tokenizer=teacher.tokenizer, std=std)
+    return word_vectors(tokenizer, path=Path(source).expanduser(), std=std)
 
 
 def _new_student(

@@ -241,22 +241,26 @@ def word_vectors(
     path: str | Path | None = None,
     teacher: PreTrainedModel | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    std: float | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Table [V, E] (float32) for a BiLSTM's `embeddings_from`, one row per id of `tokenizer`.
 
     From a file (`load_word_vectors`) or from a teacher (`teacher_word_vectors`). The padding row is zero, the
     unknown word's is the mean of the words found; words without a vector get normal random values with the
-    standard deviation of those found, the same for the same seed.
+    standard deviation of those found, the same for the same seed. `std` scales the table so that the words found have
+    this standard deviation: a Transformer's input embeddings are several times smaller than word2vec's (about 0.25).
 
     Raises:
-        ValueError: not exactly one of path and teacher, a teacher without its tokenizer, a tokenizer without
+        ValueError: `std` not above 0, not exactly one of path and teacher, a teacher without its tokenizer, a tokenizer without
             padding or unknown token, or no word found.
     """
     if (path is None) == (teacher is None):
         raise ValueError("word_vectors: exactly one of path and teacher must be given")
     if (teacher is None) != (teacher_tokenizer is None):
         raise ValueError("word_vectors: teacher and teacher_tokenizer must be given together")
+    if std is not None and not std > 0:
+        raise ValueError(f"word_vectors: std must be above 0, got {std}")
     pad, unk = tokenizer.pad_token_id, tokenizer.unk_token_id
     if pad is None or unk is None:
         raise ValueError(f"word_vectors: tokenizer must have a padding and an unknown token, got {pad} and {unk}")
@@ -273,6 +277,8 @@ def word_vectors(
             f"word_vectors: {path or type(teacher).__name__} must have a vector for at least one of the "
             f"{len(words)} words, got none, such as {words[2:5]}; language and letter case must agree"
         )
+    if std is not None:
+        vectors *= std / vectors[found].std()
     noise = np.random.default_rng(seed).standard_normal((int((~found).sum()), vectors.shape[1]))
     vectors[~found] = noise * vectors[found].std()
     vectors[unk] = vectors[found].mean(axis=0)
