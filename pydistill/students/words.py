@@ -252,8 +252,8 @@ def word_vectors(
     this standard deviation: a Transformer's input embeddings are several times smaller than word2vec's (about 0.25).
 
     Raises:
-        ValueError: `std` not above 0, not exactly one of path and teacher, a teacher without its tokenizer, a tokenizer without
-            padding or unknown token, or no word found.
+        ValueError: `std` not above 0, not exactly one of path and teacher, a teacher without its tokenizer, a tokenizer
+            without padding or unknown token, or no word found.
     """
     if (path is None) == (teacher is None):
         raise ValueError("word_vectors: exactly one of path and teacher must be given")
