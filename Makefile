@@ -60,8 +60,9 @@ $(VENV)/.installed: $(VENV)/.tools $(NATIVE_SOURCES)
 demo: $(VENV)/.installed
 	$(BIN)/pydistill run bilstm-demo $(DEMO_ARGS)
 
+# One thread unless a test asks for more: on tensors this small, threads that wait for each other cost more than they bring.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/pydistill bench soft_target $(BENCH_ARGS)

@@ -16,10 +16,10 @@ MINIMUM_TORCH = (2, 10)
 
 try:
     import torch
-except ImportError as error:
+except ImportError:
     raise ImportError(
         "pydistill needs PyTorch, which is not installed. Install it with: pip install 'torch>=2.10'"
-    ) from error
+    ) from None
 
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
     raise ImportError(

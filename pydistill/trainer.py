@@ -68,6 +68,7 @@ class OptimizerConfig:
             "lr": args.learning_rate if self.learning_rate is None else self.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon if self.eps is None else self.eps,
+            "fused": True,  # several times faster on tables of word vectors
         }
 
 

@@ -201,12 +201,11 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, rows: int) -> None:
     assert_different(finals[0], start)
 
 
-def test_rows_without_labels_count_where_the_objective_reads_none(tmp_path: Path) -> None:
-    """An augmented row has the label -100 and still teaches; it counts in the denominator like any other."""
+def test_labels_play_no_part_in_a_purely_soft_loss(tmp_path: Path) -> None:
+    """Where no hard part reads them, labels may be missing; only -100 says something, see the next test."""
     labelled = tiny_rows(16)
-    unlabelled = labelled.map(lambda row: {"labels": -100})
     finals = []
-    for data in (labelled, unlabelled, labelled.remove_columns("labels")):
+    for data in (labelled, labelled.map(lambda row: {"labels": 1 - row["labels"]}), labelled.remove_columns("labels")):
         run = trainer(tmp_path, data=data, max_steps=4)
         run.train()
         finals.append(weights(run))
@@ -214,7 +213,7 @@ def test_rows_without_labels_count_where_the_objective_reads_none(tmp_path: Path
     assert_same_bits(finals[0], finals[2])
 
 
-@pytest.mark.parametrize("hard_weight", [0.5, 1.0])
+@pytest.mark.parametrize("hard_weight", [0.0, 0.5, 1.0])
 def test_a_step_without_any_valid_row_changes_nothing(tmp_path: Path, hard_weight: float) -> None:
     data = tiny_rows(8).map(lambda row: {"labels": -100})
     term = SoftTarget(hard_weight=hard_weight)

@@ -691,8 +691,8 @@ def augment_file(
     """
     source, target = Path(input), Path(output)
     for name, path in (("input", source), ("output", target)):
-        if path.suffix.lower() not in _READERS:
-            raise ValueError(f"augment_file: {name} must end in one of {', '.join(_READERS)}, got {path}")
+        if path.suffix.lower() not in READERS:
+            raise ValueError(f"augment_file: {name} must end in one of {', '.join(READERS)}, got {path}")
     _check_num_proc("augment_file", num_proc)
     if not source.is_file():
         raise FileNotFoundError(f"augment_file: input: no such file: {source}")
@@ -705,7 +705,7 @@ def augment_file(
                 "choose another name or pass overwrite=True (--overwrite)"
             )
     try:
-        present, table = _READERS[source.suffix.lower()](source)
+        present, table = READERS[source.suffix.lower()](source)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text ({error}); convert the file first") from error
     columns = _check_columns(str(source), text_columns, present)
@@ -835,7 +835,7 @@ def _write_json(file: IO[str], header: list[str], records: Iterable[list[Any]]) 
     file.write("\n]\n")
 
 
-_READERS: dict[str, Callable[[Path], _Table]] = {
+READERS: dict[str, Callable[[Path], _Table]] = {
     ".tsv": _read_tsv,
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,

@@ -12,7 +12,7 @@ import pandas
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from pydistill.config import ConfigError, DataConfig, UserError, near_matches, resolve_path
-from pydistill.data.augment import _READERS  # one idea of tsv, csv and json for training and for augmentation
+from pydistill.data.augment import READERS  # one idea of tsv, csv and json for training and for augmentation
 
 # Columns that the recipes add; a text column of that name would be overwritten.
 RESERVED = ("labels", "teacher_logits", "source")
@@ -111,9 +111,9 @@ def _read(source: str, config: DataConfig, split: str) -> tuple[pandas.DataFrame
         raise DataError(str(error)) from None
     if not path.is_file():
         raise DataError(f"data.{split}: {source}: there is no such file")
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"data.{split}: {source}: the format must be one of {', '.join(_READERS)}")
+        raise DataError(f"data.{split}: {source}: the format must be one of {', '.join(READERS)}")
     try:
         _, columns = reader(path)
     except UnicodeDecodeError as error:
