@@ -7,7 +7,7 @@
 // the reverse KL the same with the sides swapped, and its gradient q (log(q / p) - KL) / T. The generalised
 // Jensen-Shannon divergence (arXiv 2306.13649) has the gradient (1 - b) q (log(q / m) - KL(q||m)) / T.
 //
-// A row is walked in chunks that fit the first-level cache. The reference is the maximum of the first chunk; it is kept
+// A row is walked in chunks that fit the first-level cache. The reference is the maximum of the first few classes; it is kept
 // until a later value exceeds it by so much that a sum leaves the safe range, which saves a pass over memory for the
 // maximum. The teacher's exponentials wait in a per-thread buffer in the second-level cache, the student's where the
 // gradient will be, and a second walk writes it. So memory sees two reads and one write per element.
@@ -24,6 +24,7 @@ namespace pyd::PYD_ISA {
 namespace {
 
 constexpr int64_t chunk = 1024;
+constexpr int64_t reference_head = 256;  // classes whose maximum is a row's first reference
 constexpr int64_t narrow_classes = 16;  // up to here, one row per vector lane
 constexpr double log2e = 1.4426950408889634;
 // A chunk's sum of exponentials above this moves the reference. 2^24 leaves room for the fourth power (T = 4), which
@@ -196,7 +197,7 @@ void exponentials(const S* teacher, const S* student, int64_t classes, double te
                   typename V::scalar& ref_t, typename V::scalar& ref_s) {
   using F = typename V::scalar;
   const F unset = -__builtin_inf();
-  const int64_t head = classes < chunk ? classes : chunk;
+  const int64_t head = classes < reference_head ? classes : reference_head;
   ref_t = D == Divergence::mse ? F(0) : max_of<V>(teacher, head);
   ref_s = D == Divergence::mse && H == Hard::none ? F(0) : max_of<V>(student, head);
   total = Sums{};
