@@ -7,10 +7,10 @@
 // the reverse KL the same with the sides swapped, and its gradient q (log(q / p) - KL) / T. The generalised
 // Jensen-Shannon divergence (arXiv 2306.13649) has the gradient (1 - b) q (log(q / m) - KL(q||m)) / T.
 //
-// A row is walked in chunks that fit the first-level cache. The reference is the maximum of the first few classes; it is kept
-// until a later value exceeds it by so much that a sum leaves the safe range, which saves a pass over memory for the
-// maximum. The teacher's exponentials wait in a per-thread buffer in the second-level cache, the student's where the
-// gradient will be, and a second walk writes it. So memory sees two reads and one write per element.
+// A row is walked in chunks that fit the first-level cache. The reference is the maximum of the first few classes; it
+// is kept until a later value exceeds it by so much that a sum leaves the safe range, which saves a pass over memory
+// for the maximum. The teacher's exponentials wait in a per-thread buffer in the second-level cache, the student's
+// where the gradient will be, and a second walk writes it. So memory sees two reads and one write per element.
 //
 // A chunk that outgrows its reference, or holds inf or NaN (classes ruled out have logits of -inf), is done once more
 // with the chunk's own maximum and without terms for classes of probability 0.
@@ -25,7 +25,7 @@ namespace {
 
 constexpr int64_t chunk = 1024;
 constexpr int64_t reference_head = 256;  // classes whose maximum is a row's first reference
-constexpr int64_t narrow_classes = 16;  // up to here, one row per vector lane
+constexpr int64_t narrow_classes = 16;   // up to here, one row per vector lane
 constexpr double log2e = 1.4426950408889634;
 // A chunk's sum of exponentials above this moves the reference. 2^24 leaves room for the fourth power (T = 4), which
 // stays below the second limit; at other temperatures the exponentials at T = 1 may be the ones that grow.
