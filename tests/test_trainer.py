@@ -511,7 +511,9 @@ def epoch_batches(run: DistillationTrainer) -> list[dict[str, Any]]:
 def test_adamw_by_name_equals_adamw_by_arguments(tmp_path: Path) -> None:
     finals = []
     for optimizer in (None, OptimizerConfig("adamw")):
-        run = trainer(tmp_path, options={"optimizer": optimizer}, weight_decay=0.1, adam_beta2=0.9, optim="adamw_torch")
+        run = trainer(
+            tmp_path, options={"optimizer": optimizer}, weight_decay=0.1, adam_beta2=0.9, optim="adamw_torch_fused"
+        )
         run.train()
         finals.append(weights(run))
     assert_same_bits(*finals)
