@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import warnings
 from functools import cache
 from importlib import metadata, util
@@ -125,5 +124,4 @@ def environment() -> dict[str, Any]:
         for name, backend in available.items():
             report[f"{loss}: {name}"] = ("yes: " if backend.available else "no: ") + backend.reason
         report[f"{loss}: auto on cpu"] = "cpp" if available["cpp"].available else "reference"
-    report["executable"] = sys.executable
     return report
