@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The storage types that CPU kernels know, shared by their boundaries.
 #pragma once
 
 namespace pyd {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The choice of the instruction set, from what the processor says and what the user asked for.
 #include "isa.h"
 
 #include <cstdlib>
