@@ -897,6 +897,28 @@ def test_inplace_gives_the_same_bits(variant, dtype):
 
 
 @needs_kernel
+@each_divergence
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inplace_where_a_chunk_is_done_again(dtype, divergence):
+    """The kernel repeats a chunk that outgrew its reference or holds -inf, when its logits are already overwritten."""
+    for hard_weight in (0.0, 0.5):
+        tensors = inputs((5, 3000), DTYPES[dtype], scale=1.0)
+        tensors["labels"], tensors["mask"] = tensors["labels"].clamp(min=0), torch.ones_like(tensors["mask"])
+        student, teacher = tensors["student_logits"], tensors["teacher_logits"]
+        student[0] = student[0].sort().values * 40  # every chunk outgrows the one before
+        student[1, 2500] = 300.0  # one late outlier
+        for logits in (student, teacher):
+            logits[2, 1100:1200] = -torch.inf  # classes ruled out, in the middle and from the start
+            logits[3, :1500] = -torch.inf
+        tensors["labels"][2:4] = 2999
+        keywords = {"divergence": divergence, "hard_weight": hard_weight}
+        fresh, inplace = ours(tensors, "cpp", **keywords), ours(tensors, "cpp", inplace=True, **keywords)
+        assert fresh.value.isfinite() and fresh.gradients["student_logits"].isfinite().all()
+        assert torch.equal(inplace.value, fresh.value)
+        assert torch.equal(inplace.gradients["student_logits"], fresh.gradients["student_logits"])
+
+
+@needs_kernel
 def test_inplace_uses_the_storage_of_the_logits():
     """Through a linear layer: weight gradients bit for bit as with a fresh gradient, and no second buffer."""
     torch.manual_seed(0)
