@@ -919,6 +919,19 @@ def test_inplace_where_a_chunk_is_done_again(dtype, divergence):
 
 
 @needs_kernel
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "cross_entropy"])
+def test_hard_labels_at_a_high_temperature(divergence):
+    """A late outlier that is harmless divided by T overflows at T = 1, where the hard part is taken."""
+    tensors = inputs((2, 3000), torch.float32, scale=1.0)
+    tensors["labels"], tensors["mask"] = torch.tensor([7, 2500]), torch.ones_like(tensors["mask"])
+    tensors["student_logits"][:, 2500] = 120.0
+    keywords = {"divergence": divergence, "temperature": 10.0, "hard_weight": 0.5}
+    expected, found = ours(tensors, "reference", **keywords), ours(tensors, "cpp", **keywords)
+    torch.testing.assert_close(found.value, expected.value)
+    torch.testing.assert_close(found.gradients["student_logits"], expected.gradients["student_logits"])
+
+
+@needs_kernel
 def test_inplace_uses_the_storage_of_the_logits():
     """Through a linear layer: weight gradients bit for bit as with a fresh gradient, and no second buffer."""
     torch.manual_seed(0)
