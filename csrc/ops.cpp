@@ -20,6 +20,15 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "divergence, "
       "float temperature, float hard_weight, float jsd_beta, bool scale_by_temperature, int ignore_index, "
       "str reduction) -> (Tensor loss, Tensor gradient_scale)");
+  // Relations are pairs of slots (0 queries, 1 keys, 2 values), each slot in one relation at most. Weighted loss, the
+  // value of each relation, gradients of the student's slots (empty where not asked for), and the factor that is still
+  // to be applied to them. With row_weights ("none") the gradient is that of the values weighted by row.
+  m.def(
+      "attention_relation(Tensor? student_q, Tensor? student_k, Tensor? student_v, Tensor? teacher_q, Tensor? "
+      "teacher_k, Tensor? teacher_v, int[] relations, float[] weights, Tensor? mask, Tensor? segment_ids, Tensor? "
+      "num_items, Tensor? row_weights, bool causal, int? relation_heads, float? scale, str reduction, bool "
+      "with_gradient) -> (Tensor loss, Tensor parts, Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor "
+      "gradient_scale)");
   // rows *= scale, one factor for all or one per row; nothing is touched where the factor is 1.
   m.def("scale_rows_(Tensor(a!) rows, Tensor scale) -> ()");
 }

@@ -12,12 +12,9 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "checks.h"
 #include "cpu/isa.h"
+#include "tensors.h"
 
 namespace pyd {
 namespace {
@@ -43,22 +40,6 @@ Divergence divergence_of(const Options& o) {
   return Divergence::cross_entropy;
 }
 
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    case ScalarType::Double:
-      return Dtype::f64;
-    default:
-      STD_TORCH_CHECK(false, "soft_target: logits must be fp32, bf16, fp16 or fp64");
-      return Dtype::f32;
-  }
-}
-
 // The tensor as rows without a copy: unit stride over classes, and leading dimensions that collapse to at most two.
 std::optional<Rows> as_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1, size = static_cast<int64_t>(t.element_size());
@@ -76,23 +57,6 @@ std::optional<Rows> as_rows(const Tensor& t) {
   return Rows{t.const_data_ptr(), collapsed[1].first, collapsed[0].second * size, collapsed[1].second * size};
 }
 
-// Fresh memory is mapped page by page at first touch, which costs more than the kernel. Large pages cut that to a
-// third.
-void ask_for_large_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 2u << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(t.numel()) * t.element_size()) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-double scalar_of(const Tensor& t) {
-  const Tensor number = torch::stable::to(t, std::optional<ScalarType>(ScalarType::Double));
-  return *static_cast<const double*>(number.const_data_ptr());
-}
-
 // Computes loss and gradient scale; the gradient goes to `gradient` unless that is null.
 std::tuple<Tensor, Tensor> compute(const Tensor& student, const Tensor& teacher, const Options& o, void* gradient) {
   STD_TORCH_CHECK(student.dim() >= 1 && same_shape(student, teacher), "soft_target: teacher must match student, got ",
@@ -106,7 +70,7 @@ std::tuple<Tensor, Tensor> compute(const Tensor& student, const Tensor& teacher,
   STD_TORCH_CHECK(o.hard_weight == 0 || o.labels, "soft_target: hard_weight needs labels");
 
   SoftTargetArgs a{};
-  a.dtype = dtype_of(student);
+  a.dtype = dtype_of("soft_target", student);
   a.divergence = divergence_of(o);
   a.rows = student.numel() / classes;
   a.classes = classes;
@@ -240,7 +204,7 @@ void scale_rows_(Tensor rows, Tensor scale) {
   const Tensor factors =
       torch::stable::contiguous(torch::stable::to(scale, std::optional<ScalarType>(ScalarType::Double)));
   const double* factor = static_cast<const double*>(factors.const_data_ptr());
-  const Dtype dtype = dtype_of(rows);
+  const Dtype dtype = dtype_of("scale_rows_", rows);
   char* data = static_cast<char*>(rows.mutable_data_ptr());
   const int64_t count = scale.numel(), size = static_cast<int64_t>(rows.element_size());
   // One factor for all: pieces of the whole. Otherwise row by row.

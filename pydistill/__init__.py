@@ -27,6 +27,10 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
         f"{torch.__version__}. Upgrade it with: pip install --upgrade 'torch>=2.10'"
     )
 
+from pydistill.losses.attention_relation import (  # noqa: E402 (the checks above must come first)
+    AttentionRelation,
+    attention_relation_loss,
+)
 from pydistill.losses.soft_target import SoftTarget, soft_target_loss  # noqa: E402 (the checks above must come first)
 
 if TYPE_CHECKING:
@@ -36,10 +40,12 @@ if TYPE_CHECKING:
     from pydistill.trainer import DistillationTrainer
 
 __all__ = [
+    "AttentionRelation",
     "DistillationTrainer",
     "Distiller",
     "SoftTarget",
     "__version__",
+    "attention_relation_loss",
     "plan",
     "run",
     "soft_target_loss",

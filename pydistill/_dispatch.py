@@ -44,12 +44,13 @@ native, native_reason = _load_native()
 
 # Which implementations of each loss this installation has, with the reason for each that is missing.
 BACKENDS: dict[str, dict[str, Backend]] = {
-    "soft_target": {
+    loss: {
         "reference": Backend(True, "eager PyTorch, any device"),
         "cpp": Backend(native is not None, native_reason),
         "cuda": Backend(False, "this version has no CUDA kernel for this loss"),
         "triton": Backend(False, "this version has no Triton kernel for this loss"),
     }
+    for loss in ("soft_target", "attention_relation")
 }
 PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_relation.h"
 #include "limits.h"
 #include "scale.h"
 #include "soft_target.h"
@@ -13,6 +14,7 @@ namespace pyd {
 
 struct Kernels {
   const char* isa;
+  const AttentionRelationKernel& attention_relation;
   const SoftTargetKernel& soft_target;
   const ScaleKernel& scale;
   const LimitKernels& limits;

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import _dispatch
+from pydistill.losses.gradient import scaled
 
 LOSS = "soft_target"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse", "cross_entropy")
@@ -254,27 +255,10 @@ def _register() -> None:
 
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         gradient, gradient_scale = ctx.saved_tensors
-        grad_student = None if grad_loss is None else _scaled(gradient, grad_loss * gradient_scale)
+        grad_student = None if grad_loss is None else scaled(LOSS, gradient, grad_loss * gradient_scale)
         return grad_student, *(None,) * 12
 
     torch.library.register_autograd("pydistill::soft_target", backward, setup_context=setup_context)
-
-
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """`gradient` times the incoming gradient, a 0-d tensor or one value per row."""
-    if type(gradient) is not Tensor:  # traced by a compiler, which plans memory and fuses the product itself
-        return (gradient * (scale if scale.dim() == 0 else scale.unsqueeze(-1))).to(gradient.dtype)
-    if torch.is_grad_enabled():
-        _fail(
-            "double backward is not supported: the gradient is computed once, in the forward. "
-            "Use impl='reference' where second derivatives are needed",
-            RuntimeError,
-        )
-    # The gradient was made by the forward. Handing it out without a copy is only right if nobody asks for it again.
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = gradient.clone()
-    torch.ops.pydistill.scale_rows_(gradient, scale)
-    return gradient
 
 
 class _FusedSoftTarget(torch.autograd.Function):
@@ -300,7 +284,7 @@ class _FusedSoftTarget(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         gradient, gradient_scale = ctx.saved_tensors
-        return _scaled(gradient, grads[0] * gradient_scale), *(None,) * 12
+        return scaled(LOSS, gradient, grads[0] * gradient_scale), *(None,) * 12
 
 
 if _dispatch.native is not None:

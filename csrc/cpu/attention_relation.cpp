@@ -1,0 +1,717 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention-relation KL on the CPU: value and gradient without an N x N matrix. Compiled once per instruction set.
+//
+// For one relation head of one sequence, with scores t_ij = a_i b_j / sqrt(d) of the teacher and s_ij of the student,
+// p_i = softmax(t_i), q_i = softmax(s_i) (Wang et al. 2020, arXiv 2002.10957, equations 6 and 9; 2021, arXiv
+// 2012.15828),
+//   KL_i = A_i / Zt_i + log(Zs_i / Zt_i),   A_i = sum_j e^t_ij (t_ij - s_ij),   Z = row sums of exponentials,
+//   G_ij = w_i (q_ij - p_ij),   dL/da_i = sum_j G_ij b_j / sqrt(d),   dL/db_j = sum_i G_ij a_i / sqrt(d),
+// and a self relation (a = b) receives both.
+//
+// Tokens that the mask rules out are never read: a sequence is a list of positions, and everything below counts along
+// that list. A block of queries meets all keys at once. Scores are stored with the block's queries in the lanes,
+// [keys, lanes], so that softmax runs down the columns without a sum across lanes, and keys are read row by row where
+// they lie, one number broadcast at a time. Both tiles stay in the second-level cache: four matrix products, one sweep.
+// Scores are in units of log 2.
+//
+// A sequence so long that one row of tiles, or the gradient of its keys, leaves the second-level cache is done in
+// several sweeps, with scores computed anew.
+
+#include "attention_relation.h"
+
+#include "gemm.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace pyd::PYD_ISA {
+namespace {
+
+constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
+constexpr int64_t tiles_limit = 1024 << 10;   // bytes of a block's two tiles in a one-sweep job
+constexpr int64_t partial_limit = 704 << 10;  // bytes of a partial sum there
+constexpr int64_t keys_limit = 192 << 10;     // bytes of keys that are copied as a whole
+constexpr int64_t key_block = 256;            // keys that are copied at a time where there are more
+
+PYD_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+PYD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Scores are products of what is stored: exact pairs where bf16 has an instruction for them.
+template <class V, class S>
+struct ScoreProduct {
+  using Type = Multiply<V>;
+  static constexpr bool pairs = false;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ScoreProduct<Floats, bf16> {
+  using Type = MultiplyPairs;
+  static constexpr bool pairs = true;
+};
+#endif
+
+// Rows of numbers, `stride` apart.
+template <class T>
+struct RowsOf {
+  const T* data;
+  int64_t stride;
+};
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+// The features of one relation head: a range of the concatenated heads, for the tokens of one sequence.
+template <class S>
+struct Source {
+  const S* base;
+  int64_t head_size, head_stride, token_stride, first, size;
+  const int32_t* tokens;
+  int64_t first_offset;     // of the first feature from its token
+  bool whole, consecutive;  // inside one head; tokens without a gap
+
+  Source(const Heads& heads, const Sequence& sequence, int64_t relation_head, int64_t size_)
+      : base(static_cast<const S*>(heads.data) + sequence.batch * heads.batch_stride),
+        head_size(heads.head_size),
+        head_stride(heads.head_stride),
+        token_stride(heads.token_stride),
+        first(relation_head * size_),
+        size(size_),
+        tokens(sequence.tokens),
+        first_offset(first / head_size * head_stride + first % head_size),
+        whole(first / head_size == (first + size_ - 1) / head_size),
+        consecutive(sequence.tokens[sequence.count - 1] - sequence.tokens[0] == sequence.count - 1) {}
+
+  // f(pointer to consecutive features, which of the relation head's features is first, how many)
+  template <class Function>
+  PYD_INLINE void pieces(int64_t row, Function f) const {
+    if (whole) return f(direct(row), int64_t{0}, size);
+    const S* token = base + tokens[row] * token_stride;
+    for (int64_t done = 0; done < size;) {
+      const int64_t head = (first + done) / head_size, offset = (first + done) % head_size;
+      const int64_t count = smaller(head_size - offset, size - done);
+      f(token + head * head_stride + offset, done, count);
+      done += count;
+    }
+  }
+  PYD_INLINE const S* direct(int64_t row) const { return base + tokens[row] * token_stride + first_offset; }
+};
+
+// Rows [begin, begin + count) as numbers to calculate with; columns past `size` are zero up to `padded`. Points into
+// the tensor where that will do, else into `buffer`. Rows that will be read often are better brought together
+// (`gather`) than read pages apart.
+template <class V, class S>
+RowsOf<typename V::scalar> numbers(const Source<S>& source, int64_t begin, int64_t count, int64_t padded, bool gather,
+                                   typename V::scalar* buffer) {
+  using F = typename V::scalar;
+  if constexpr (same<S, F>)
+    if (source.whole && source.consecutive && padded == source.size && !(gather && source.token_stride != source.size))
+      return {source.direct(begin), source.token_stride};
+  for (int64_t r = 0; r < count; ++r) {
+    F* out = buffer + r * padded;
+    source.pieces(begin + r, [&](const S* in, int64_t at, int64_t n) PYD_INLINE_LAMBDA {
+      int64_t i = 0;
+      for (; i + V::width <= n; i += V::width) V::load(in + i).store(out + at + i);
+      if (i < n) V::load_part(in + i, n - i, 0).store_part(out + at + i, n - i);
+    });
+    for (int64_t c = source.size; c < padded; ++c) out[c] = 0;
+  }
+  return {buffer, padded};
+}
+
+// The same as operands of score products.
+template <class V, class S>
+RowsOf<typename ScoreProduct<V, S>::Type::Word> operands(const Source<S>& source, int64_t begin, int64_t count,
+                                                         bool gather, typename ScoreProduct<V, S>::Type::Word* buffer) {
+  using Word = typename ScoreProduct<V, S>::Type::Word;
+  if constexpr (ScoreProduct<V, S>::pairs) {
+    if (source.whole && source.consecutive && source.size % 2 == 0 && source.token_stride % 2 == 0 &&
+        !(gather && source.token_stride != source.size))
+      return {reinterpret_cast<const Word*>(source.direct(begin)), source.token_stride / 2};
+    const int64_t words = (source.size + 1) / 2;
+    for (int64_t r = 0; r < count; ++r) {
+      S* out = reinterpret_cast<S*>(buffer + r * words);
+      source.pieces(begin + r, [&](const S* in, int64_t at, int64_t n)
+                                   PYD_INLINE_LAMBDA { __builtin_memcpy(out + at, in, n * sizeof(S)); });
+      if (source.size % 2 == 1) out[source.size] = S{};
+    }
+    return {buffer, words};
+  } else {
+    return numbers<V>(source, begin, count, source.size, gather, buffer);
+  }
+}
+
+// Rows of a gradient, from numbers to where the tensor keeps them.
+template <class V, class S>
+void write(const Source<S>& target, int64_t begin, int64_t count, const typename V::scalar* rows, int64_t stride) {
+  for (int64_t r = 0; r < count; ++r) {
+    const typename V::scalar* in = rows + r * stride;
+    target.pieces(begin + r, [&](const S* to, int64_t at, int64_t n) PYD_INLINE_LAMBDA {
+      S* out = const_cast<S*>(to);
+      int64_t i = 0;
+      for (; i + V::width <= n; i += V::width) V::load(in + at + i).store(out + i);
+      if (i < n) V::load_part(in + at + i, n - i, 0).store_part(out + i, n - i);
+    });
+  }
+}
+
+// Down the columns of a tile [end - begin, lanes]. Key j is `begin` + row; where `masked`, lane l counts it only if
+// j <= query + l.
+template <class V, int vectors, bool masked>
+__attribute__((noinline)) void maxima(const typename V::scalar* tile, int64_t begin, int64_t end, int64_t query,
+                                      typename V::scalar* top_of_lane) {
+  using F = typename V::scalar;
+  constexpr int lanes = vectors * V::width;
+  F rows[lanes];
+  for (int l = 0; l < lanes; ++l) rows[l] = static_cast<F>(query + l) + F(0.5);
+  V top[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) top[v] = V::load(top_of_lane + v * V::width);
+  for (int64_t j = begin; j < end; ++j, tile += lanes)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      V x = V::load(tile + v * V::width);
+      if constexpr (masked) x = where_positive(V::load(rows + v * V::width) - V::all(static_cast<F>(j)), x, top[v]);
+      top[v] = max(x, top[v]);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) top[v].store(top_of_lane + v * V::width);
+}
+
+// Exponentials over the scores, relative to `top`, their largest; `sums` [3, lanes] collects Zt, Zs and A (in units of
+// log 2).
+template <class V, int vectors, bool masked, bool scaled>
+__attribute__((noinline)) void exponentials(typename V::scalar* teacher, typename V::scalar* student, int64_t begin,
+                                            int64_t end, int64_t query, typename V::scalar factor_t,
+                                            typename V::scalar factor_s, const typename V::scalar* top_t,
+                                            const typename V::scalar* top_s, typename V::scalar* sums) {
+  using F = typename V::scalar;
+  constexpr int lanes = vectors * V::width;
+  const V scale_t = V::all(factor_t), scale_s = V::all(factor_s), zero = V::all(0);
+  F rows[lanes];
+  for (int l = 0; l < lanes; ++l) rows[l] = static_cast<F>(query + l) + F(0.5);
+  V zt[vectors], zs[vectors], a[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    zt[v] = V::load(sums + v * V::width);
+    zs[v] = V::load(sums + lanes + v * V::width);
+    a[v] = V::load(sums + 2 * lanes + v * V::width);
+  }
+  for (int64_t j = begin; j < end; ++j, teacher += lanes, student += lanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      // The largest is exactly 0, which a scale before the difference would spoil.
+      V t = V::load(teacher + v * V::width) - V::load(top_t + v * V::width);
+      V s = V::load(student + v * V::width) - V::load(top_s + v * V::width);
+      if constexpr (scaled) {
+        t = t * scale_t;
+        s = s * scale_s;
+      }
+      V et = exp2(t), es = exp2(s);
+      if constexpr (masked) {
+        const V seen = V::load(rows + v * V::width) - V::all(static_cast<F>(j));
+        et = where_positive(seen, et, zero);
+        es = where_positive(seen, es, zero);
+      }
+      zt[v] = zt[v] + et;
+      zs[v] = zs[v] + es;
+      a[v] = fma(et, t - s, a[v]);
+      et.store(teacher + v * V::width);
+      es.store(student + v * V::width);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    zt[v].store(sums + v * V::width);
+    zs[v].store(sums + lanes + v * V::width);
+    a[v].store(sums + 2 * lanes + v * V::width);
+  }
+}
+
+// G over the student's exponentials.
+template <class V, int vectors>
+__attribute__((noinline)) void differences(const typename V::scalar* teacher, typename V::scalar* student, int64_t keys,
+                                           const typename V::scalar* factor_t, const typename V::scalar* factor_s) {
+  constexpr int lanes = vectors * V::width;
+  V ct[vectors], cs[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    ct[v] = V::load(factor_t + v * V::width);
+    cs[v] = V::load(factor_s + v * V::width);
+  }
+  for (int64_t j = 0; j < keys; ++j, teacher += lanes, student += lanes)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      fnma(ct[v], V::load(teacher + v * V::width), cs[v] * V::load(student + v * V::width))
+          .store(student + v * V::width);
+}
+
+PYD_INLINE Doubles log_of_ratio(Doubles over, Doubles under) { return log(over / under); }
+// The quotient's own rounding is put back, for a KL near 0 is the small difference of two logarithms.
+PYD_INLINE Floats log_of_ratio(Floats over, Floats under) {
+  const Floats ratio = over / under;
+  return log(ratio) + fnma(ratio, under, over) / over;
+}
+
+// Vectors in a block of a one-sweep job: fewer where there are more keys, so that the tiles stay in the cache.
+template <class V>
+int block_vectors(const RelationJob& job) {
+  int vectors = gemm_vectors;
+  while (vectors > 1 && job.sequence.count * vectors * V::width * 2 * int64_t(sizeof(typename V::scalar)) > tiles_limit)
+    vectors /= 2;
+  return vectors;
+}
+
+template <class V>
+bool one_sweep_of(const RelationJob& job) {
+  const int64_t n = job.sequence.count, size = sizeof(typename V::scalar);
+  return n * V::width * 2 * size <= tiles_limit && n * round_up(job.student.size, V::width) * size <= partial_limit;
+}
+
+// What one relation head of one sequence needs, in a thread's scratch memory.
+template <class V, class S, int vectors>
+struct Head {
+  using F = typename V::scalar;
+  using Product = typename ScoreProduct<V, S>::Type;
+  using Word = typename Product::Word;
+  static constexpr bool pairs = ScoreProduct<V, S>::pairs;
+  static constexpr int lanes = vectors * V::width;
+
+  const RelationJob& job;
+  const int64_t n, teacher_size, student_size, padded;  // padded: student_size up to whole vectors
+  const Source<S> teacher_a, teacher_b, student_a, student_b;
+  const F teacher_unit, student_unit;  // scores to units of log 2
+  int64_t keys_at_once;
+  bool gather_keys;
+  // Buffers: tiles; the block's queries transposed, and the student's as rows; keys; gradient of the queries.
+  F *teacher_tile, *student_tile, *query_rows, *key_rows, *grad_columns, *grad_rows;
+  Word *teacher_panel, *student_panel, *word_rows, *teacher_keys, *student_keys;
+  F *top_t, *top_s, *sums, *factor_t, *factor_s;  // [lanes], sums [3, lanes]
+  int64_t cached_words = -1, cached_rows = -1;    // first key in the buffers, and how many
+  int64_t cached_word_count = 0, cached_row_count = 0;
+  size_t bytes;
+
+  Head(const RelationJob& job_, void* memory)
+      : job(job_),
+        n(job_.sequence.count),
+        teacher_size(job_.teacher.size),
+        student_size(job_.student.size),
+        padded(round_up(job_.student.size, V::width)),
+        teacher_a(job_.teacher.a, job_.sequence, job_.relation_head, teacher_size),
+        teacher_b(job_.teacher.b, job_.sequence, job_.relation_head, teacher_size),
+        student_a(job_.student.a, job_.sequence, job_.relation_head, student_size),
+        student_b(job_.student.b, job_.sequence, job_.relation_head, student_size),
+        teacher_unit(static_cast<F>(job_.teacher.scale * log2e)),
+        student_unit(static_cast<F>(job_.student.scale * log2e)) {
+    const bool single = one_sweep_of<V>(job);
+    const bool fits = n * (teacher_size + student_size) * int64_t(sizeof(F)) <= keys_limit;
+    keys_at_once = single && fits ? n : smaller(n, key_block);
+    gather_keys = keys_at_once == n;
+    const int64_t tile_keys = single ? n : larger(keys_at_once, lanes);
+    const int64_t longest = larger(keys_at_once, lanes);
+    char* at = static_cast<char*>(memory);
+    const auto take = [&]<class T>(T*& pointer, int64_t count) {
+      pointer = reinterpret_cast<T*>(at);
+      at += round_up(count * int64_t(sizeof(T)), 64);
+    };
+    take(teacher_tile, tile_keys * lanes);
+    take(student_tile, tile_keys * lanes);
+    take(query_rows, lanes * padded);
+    take(key_rows, longest * student_size);
+    take(grad_columns, student_size * lanes);
+    take(grad_rows, lanes * padded);
+    take(teacher_panel, teacher_size * lanes);
+    take(student_panel, student_size * lanes);
+    take(word_rows, lanes * larger(teacher_size, student_size));
+    take(teacher_keys, longest * teacher_size);
+    take(student_keys, longest * student_size);
+    take(top_t, lanes);
+    take(top_s, lanes);
+    take(sums, 3 * lanes);
+    take(factor_t, lanes);
+    take(factor_s, lanes);
+    bytes = static_cast<size_t>(at - static_cast<char*>(memory));
+  }
+
+  // The block's queries as panels [depth, lanes], and the student's as rows for the gradient of the keys.
+  RowsOf<F> load_queries(int64_t begin, int64_t count) {
+    const auto panel = [&](const Source<S>& source, F unit, Word* out) {
+      const RowsOf<Word> rows = operands<V>(source, begin, count, false, word_rows);
+      const int64_t depth = pairs ? (source.size + 1) / 2 : source.size;
+      transpose(rows.data, rows.stride, count, depth, out, lanes, lanes);
+      if constexpr (!pairs)
+        for (int64_t i = 0; i < depth * lanes; i += V::width) (V::load(out + i) * V::all(unit)).store(out + i);
+    };
+    panel(teacher_a, teacher_unit, teacher_panel);
+    panel(student_a, student_unit, student_panel);
+    return numbers<V>(student_a, begin, count, padded, false, query_rows);
+  }
+
+  RowsOf<F> load_keys(int64_t begin, int64_t count) {
+    if constexpr (!pairs) {
+      load_words(begin, count);
+      return student_words;
+    } else {
+      if (cached_rows != begin || cached_row_count < count) {
+        student_rows = numbers<V>(student_b, begin, count, student_size, gather_keys, key_rows);
+        cached_rows = begin;
+        cached_row_count = count;
+      }
+      return student_rows;
+    }
+  }
+
+  void load_words(int64_t begin, int64_t count) {
+    if (cached_words == begin && cached_word_count >= count) return;
+    teacher_words = operands<V>(teacher_b, begin, count, gather_keys, teacher_keys);
+    student_words = operands<V>(student_b, begin, count, gather_keys, student_keys);
+    cached_words = begin;
+    cached_word_count = count;
+  }
+
+  // Scores of keys [begin, begin + count) with the block's queries, in the rows of both tiles from `row` on.
+  void scores(int64_t begin, int64_t count, int64_t row) {
+    load_words(begin, count);
+    const auto product = [&](const RowsOf<Word>& keys, int64_t size, const Word* panel, F* tile) {
+      const int64_t depth = pairs ? (size + 1) / 2 : size;
+      gemm<Product>(count, lanes, depth, keys.data, keys.stride, 1, panel, lanes, tile + row * lanes, lanes, false);
+    };
+    product(teacher_words, teacher_size, teacher_panel, teacher_tile);
+    product(student_words, student_size, student_panel, student_tile);
+  }
+
+  // f(first row, last row + 1, whether causality masks some of it): the keys [begin, end) that a block sees, whose
+  // first query is `query`.
+  template <class Function>
+  void parts(int64_t begin, int64_t end, int64_t query, Function f) const {
+    const int64_t open = job.causal ? larger(begin, smaller(end, query + 1)) : end;
+    if (begin < open) f(begin, open, false);
+    if (open < end) f(open, end, true);
+  }
+
+  void clear_sums() {
+    for (int64_t i = 0; i < 3 * lanes; ++i) sums[i] = 0;
+    for (int64_t i = 0; i < lanes; ++i) top_t[i] = top_s[i] = -static_cast<F>(__builtin_inf());
+  }
+
+  void find_tops(int64_t begin, int64_t end, int64_t query, int64_t row) {
+    parts(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
+      const int64_t at = (row + low - begin) * lanes;
+      const auto run = masked ? maxima<V, vectors, true> : maxima<V, vectors, false>;
+      run(teacher_tile + at, low, high, query, top_t);
+      run(student_tile + at, low, high, query, top_s);
+    });
+  }
+
+  // The same where sums are there already, which are taken along.
+  void raise_tops(int64_t begin, int64_t end, int64_t query, int64_t row) {
+    F old_t[lanes], old_s[lanes];
+    __builtin_memcpy(old_t, top_t, sizeof(old_t));
+    __builtin_memcpy(old_s, top_s, sizeof(old_s));
+    find_tops(begin, end, query, row);
+    for (int64_t l = 0; l < lanes; ++l) {
+      if (sums[l] == 0) continue;  // nothing yet
+      const double by_t = (double(old_t[l]) - top_t[l]) * (pairs ? teacher_unit : 1);
+      const double by_s = (double(old_s[l]) - top_s[l]) * (pairs ? student_unit : 1);
+      const double factor = __builtin_exp2(by_t);
+      sums[2 * lanes + l] = static_cast<F>(factor * (sums[2 * lanes + l] + sums[l] * (by_t - by_s)));
+      sums[l] = static_cast<F>(factor * sums[l]);
+      sums[lanes + l] = static_cast<F>(__builtin_exp2(by_s) * sums[lanes + l]);
+    }
+  }
+
+  void exponentiate(int64_t begin, int64_t end, int64_t query, int64_t row) {
+    parts(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
+      const int64_t at = (row + low - begin) * lanes;
+      const auto run = masked ? exponentials<V, vectors, true, pairs> : exponentials<V, vectors, false, pairs>;
+      run(teacher_tile + at, student_tile + at, low, high, query, teacher_unit, student_unit, top_t, top_s, sums);
+    });
+  }
+
+  double weight_of_row(int64_t token) const {
+    if (job.row_weights == nullptr) return 1;
+    return static_cast<const F*>(job.row_weights)[token];
+  }
+
+  // From the sums: the rows' values, returned summed, and the factors of p and q in G (0 in lanes without a query).
+  double finish_rows(int64_t begin, int64_t count) {
+    double total = 0;
+    F values[lanes];
+    for (int v = 0; v < vectors; ++v) {
+      const V zt = V::load(sums + v * V::width), zs = V::load(sums + lanes + v * V::width);
+      const V a = V::load(sums + 2 * lanes + v * V::width);
+      const V value = fma(a / zt, V::all(static_cast<F>(ln2)), log_of_ratio(zs, zt));
+      where_positive(V::all(0) - value, V::all(0), value).store(values + v * V::width);  // NaN stays
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      if (l >= count) {
+        factor_t[l] = factor_s[l] = 0;
+        continue;
+      }
+      const int64_t token = job.sequence.tokens[begin + l];
+      const double weight = job.sequence.weight * job.student.scale * (weight_of_row(token));
+      factor_t[l] = static_cast<F>(weight / sums[l]);
+      factor_s[l] = static_cast<F>(weight / sums[lanes + l]);
+      total += values[l];
+      if (job.row_loss != nullptr) static_cast<F*>(job.row_loss)[token] = values[l];
+    }
+    return total;
+  }
+
+  // grad_columns [student_size, lanes] as rows [lanes, padded].
+  void turn_gradient(int64_t count) { transpose(grad_columns, lanes, student_size, count, grad_rows, padded, padded); }
+
+  Source<S> target(const Heads& gradient) const {
+    return Source<S>(gradient, job.sequence, job.relation_head, student_size);
+  }
+
+ private:
+  RowsOf<Word> teacher_words, student_words;
+  RowsOf<F> student_rows;
+};
+
+int64_t chunk_rows(int64_t n) { return larger(128, round_up((n + 7) / 8, 64)); }
+
+template <class V, class S, int vectors>
+double chunk_of(Head<V, S, vectors>& h, int64_t chunk, typename V::scalar* partial) {
+  using F = typename V::scalar;
+  const RelationJob& job = h.job;
+  constexpr int64_t lanes = vectors * V::width;
+  const bool gradient = job.grad_a.data != nullptr;
+  const int64_t begin = chunk * chunk_rows(h.n), end = smaller(h.n, begin + chunk_rows(h.n));
+  if (gradient && job.causal) __builtin_memset(partial, 0, h.n * h.padded * sizeof(F));
+  double total = 0;
+  for (int64_t i = begin; i < end; i += lanes) {
+    const int64_t count = smaller(lanes, end - i), keys = job.causal ? i + count : h.n;
+    const RowsOf<F> queries = h.load_queries(i, count);
+    for (int64_t j = 0; j < keys; j += h.keys_at_once) h.scores(j, smaller(h.keys_at_once, keys - j), j);
+    h.clear_sums();
+    h.find_tops(0, keys, i, 0);
+    h.exponentiate(0, keys, i, 0);
+    total += h.finish_rows(i, count);
+    if (!gradient) continue;
+    differences<V, vectors>(h.teacher_tile, h.student_tile, keys, h.factor_t, h.factor_s);
+    using Plain = Multiply<V>;
+    for (int64_t j = 0; j < keys; j += h.keys_at_once) {
+      const RowsOf<F> rows = h.load_keys(j, smaller(h.keys_at_once, keys - j));
+      gemm<Plain>(h.student_size, lanes, smaller(h.keys_at_once, keys - j), rows.data, 1, rows.stride,
+                  h.student_tile + j * lanes, lanes, h.grad_columns, lanes, j > 0);
+    }
+    gemm<Plain>(keys, h.padded, count, h.student_tile, lanes, 1, queries.data, queries.stride, partial, h.padded,
+                job.causal || i > begin);
+    h.turn_gradient(count);
+    if (!job.self) {
+      write<V>(h.target(job.grad_a), i, count, h.grad_rows, h.padded);
+    } else {
+      F* own = partial + i * h.padded;
+      for (int64_t k = 0; k < count * h.padded; k += V::width)
+        (V::load(own + k) + V::load(h.grad_rows + k)).store(own + k);
+    }
+  }
+  return total;
+}
+
+template <class V>
+void add_up(typename V::scalar* total, const typename V::scalar* partial, int64_t count) {
+  for (int64_t k = 0; k < count; k += V::width) (V::load(total + k) + V::load(partial + k)).store(total + k);
+}
+
+template <class V, class S>
+void write_keys_of(const RelationJob& job, const typename V::scalar* total) {
+  write<V>(Source<S>(job.grad_b, job.sequence, job.relation_head, job.student.size), 0, job.sequence.count, total,
+           round_up(job.student.size, V::width));
+}
+
+int64_t chunks(const RelationJob& job) {
+  return (job.sequence.count + chunk_rows(job.sequence.count) - 1) / chunk_rows(job.sequence.count);
+}
+
+template <class V, class S, int vectors>
+double whole_of(const RelationJob& job, void* total, void* partial, void* scratch) {
+  using F = typename V::scalar;
+  Head<V, S, vectors> h(job, scratch);
+  double value = 0;
+  for (int64_t c = 0; c < chunks(job); ++c) {
+    value += chunk_of(h, c, static_cast<F*>(c == 0 ? total : partial));
+    if (c > 0 && job.grad_b.data != nullptr)
+      add_up<V>(static_cast<F*>(total), static_cast<const F*>(partial), h.n * h.padded);
+  }
+  if (job.grad_b.data != nullptr) write_keys_of<V, S>(job, static_cast<const F*>(total));
+  return value;
+}
+
+template <class V, class S, int vectors>
+double block_statistics_of(const RelationJob& job, int64_t block, void* statistics, void* scratch) {
+  using F = typename V::scalar;
+  Head<V, S, vectors> h(job, scratch);
+  constexpr int64_t lanes = vectors * V::width;
+  const int64_t begin = block * lanes, count = smaller(lanes, h.n - begin), keys = job.causal ? begin + count : h.n;
+  h.load_queries(begin, count);
+  h.clear_sums();
+  for (int64_t j = 0; j < keys; j += h.keys_at_once) {
+    const int64_t end = smaller(keys, j + h.keys_at_once);
+    h.scores(j, end - j, 0);
+    h.raise_tops(j, end, begin, 0);
+    h.exponentiate(j, end, begin, 0);
+  }
+  const double total = h.finish_rows(begin, count);
+  F* out = static_cast<F*>(statistics) + block * 4 * lanes;
+  __builtin_memcpy(out, h.top_t, lanes * sizeof(F));
+  __builtin_memcpy(out + lanes, h.top_s, lanes * sizeof(F));
+  __builtin_memcpy(out + 2 * lanes, h.factor_t, lanes * sizeof(F));
+  __builtin_memcpy(out + 3 * lanes, h.factor_s, lanes * sizeof(F));
+  return total;
+}
+
+template <class V, class S, int vectors>
+void block_gradient_of(const RelationJob& job, int64_t block, const void* statistics, void* scratch) {
+  using F = typename V::scalar;
+  using Plain = Multiply<V>;
+  Head<V, S, vectors> h(job, scratch);
+  constexpr int64_t lanes = vectors * V::width;
+  const int64_t begin = block * lanes, count = smaller(lanes, h.n - begin);
+  // G of one tile, from the scores of keys [low, high) and the statistics of a block of queries.
+  const auto tile_gradient = [&](int64_t queries_block, int64_t low, int64_t high) {
+    const F* in = static_cast<const F*>(statistics) + queries_block * 4 * lanes;
+    __builtin_memcpy(h.top_t, in, lanes * sizeof(F));
+    __builtin_memcpy(h.top_s, in + lanes, lanes * sizeof(F));
+    h.exponentiate(low, high, queries_block * lanes, 0);
+    differences<V, vectors>(h.teacher_tile, h.student_tile, high - low, in + 2 * lanes, in + 3 * lanes);
+  };
+
+  h.clear_sums();
+  h.load_queries(begin, count);
+  const int64_t keys = job.causal ? begin + count : h.n;
+  for (int64_t j = 0; j < keys; j += h.keys_at_once) {
+    const int64_t end = smaller(keys, j + h.keys_at_once);
+    h.scores(j, end - j, 0);
+    tile_gradient(block, j, end);
+    const RowsOf<F> rows = h.load_keys(j, end - j);
+    gemm<Plain>(h.student_size, lanes, end - j, rows.data, 1, rows.stride, h.student_tile, lanes, h.grad_columns, lanes,
+                j > 0);
+  }
+  h.turn_gradient(count);
+  // The keys' part follows in the same place where both belong to one tensor.
+  F* key_gradient = h.grad_rows;
+  if (!job.self) write<V>(h.target(job.grad_a), begin, count, h.grad_rows, h.padded);
+
+  h.cached_words = h.cached_rows = -1;
+  bool more = job.self;
+  for (int64_t other = job.causal ? block : 0; other * lanes < h.n; ++other) {
+    const int64_t first = other * lanes, queries_count = smaller(lanes, h.n - first);
+    const RowsOf<F> queries = h.load_queries(first, queries_count);
+    h.scores(begin, count, 0);
+    tile_gradient(other, begin, begin + count);
+    gemm<Plain>(count, h.padded, queries_count, h.student_tile, lanes, 1, queries.data, queries.stride, key_gradient,
+                h.padded, more);
+    more = true;
+  }
+  write<V>(h.target(job.grad_b), begin, count, key_gradient, h.padded);
+}
+
+// Calls f<V, S, vectors>() for the job's dtype and block.
+template <class Function>
+PYD_INLINE auto with_vectors(const RelationJob& job, Function f) {
+  const auto choose = [&]<class V, class S>(V, S) {
+    const int vectors = one_sweep_of<V>(job) ? block_vectors<V>(job) : gemm_vectors;
+    if constexpr (gemm_vectors == 4)
+      if (vectors == 4) return f.template operator()<V, S, 4>();
+    if (vectors == 2) return f.template operator()<V, S, 2>();
+    return f.template operator()<V, S, 1>();
+  };
+  switch (job.dtype) {
+    case Dtype::bf16:
+      return choose(Floats{}, bf16{});
+    case Dtype::f16:
+      return choose(Floats{}, f16{});
+    case Dtype::f64:
+      return choose(Doubles{}, double{});
+    default:
+      return choose(Floats{}, float{});
+  }
+}
+
+// Calls f<V, S>() where the block does not matter.
+template <class Function>
+PYD_INLINE auto with_types(const RelationJob& job, Function f) {
+  switch (job.dtype) {
+    case Dtype::bf16:
+      return f.template operator()<Floats, bf16>();
+    case Dtype::f16:
+      return f.template operator()<Floats, f16>();
+    case Dtype::f64:
+      return f.template operator()<Doubles, double>();
+    default:
+      return f.template operator()<Floats, float>();
+  }
+}
+
+bool one_sweep(const RelationJob& job) {
+  return with_types(job, [&]<class V, class S>() { return one_sweep_of<V>(job); });
+}
+
+size_t scratch_bytes(const RelationJob& job) {
+  return with_vectors(job, [&]<class V, class S, int vectors>() { return Head<V, S, vectors>(job, nullptr).bytes; });
+}
+
+size_t partial_bytes(const RelationJob& job) {
+  return with_types(job, [&]<class V, class S>() {
+    return static_cast<size_t>(job.sequence.count * round_up(job.student.size, V::width)) * sizeof(typename V::scalar);
+  });
+}
+
+double whole(const RelationJob& job, void* total, void* partial, void* scratch) {
+  return with_vectors(
+      job, [&]<class V, class S, int vectors>() { return whole_of<V, S, vectors>(job, total, partial, scratch); });
+}
+
+double chunk(const RelationJob& job, int64_t index, void* partial, void* scratch) {
+  return with_vectors(job, [&]<class V, class S, int vectors>() {
+    Head<V, S, vectors> head(job, scratch);
+    return chunk_of(head, index, static_cast<typename V::scalar*>(partial));
+  });
+}
+
+void add(const RelationJob& job, void* total, const void* partial) {
+  with_types(job, [&]<class V, class S>() {
+    using F = typename V::scalar;
+    add_up<V>(static_cast<F*>(total), static_cast<const F*>(partial),
+              job.sequence.count * round_up(job.student.size, V::width));
+  });
+}
+
+void write_keys(const RelationJob& job, const void* total) {
+  with_types(job, [&]<class V, class S>() { write_keys_of<V, S>(job, static_cast<const typename V::scalar*>(total)); });
+}
+
+int64_t blocks(const RelationJob& job) {
+  return with_types(job, [&]<class V, class S>() {
+    constexpr int64_t lanes = gemm_vectors * V::width;
+    return (job.sequence.count + lanes - 1) / lanes;
+  });
+}
+
+size_t statistics_bytes(const RelationJob& job) {
+  return with_types(job, [&]<class V, class S>() {
+    return static_cast<size_t>(blocks(job) * 4 * gemm_vectors * V::width) * sizeof(typename V::scalar);
+  });
+}
+
+double block_statistics(const RelationJob& job, int64_t block, void* statistics, void* scratch) {
+  return with_types(job, [&]<class V, class S>() {
+    return block_statistics_of<V, S, gemm_vectors>(job, block, statistics, scratch);
+  });
+}
+
+void block_gradient(const RelationJob& job, int64_t block, const void* statistics, void* scratch) {
+  with_types(job, [&]<class V, class S>() { block_gradient_of<V, S, gemm_vectors>(job, block, statistics, scratch); });
+}
+
+}  // namespace
+
+extern const AttentionRelationKernel attention_relation = {
+    one_sweep, scratch_bytes,    partial_bytes,    whole,         chunks, chunk, add, write_keys,
+    blocks,    statistics_bytes, block_statistics, block_gradient};
+
+}  // namespace pyd::PYD_ISA

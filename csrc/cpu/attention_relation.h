@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Boundary between the attention_relation binding and its CPU kernels: plain types, no torch, no per-instruction-set
+// code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace pyd {
+
+// A tensor [B, heads, N, head_size] with unit stride over features; strides in elements.
+struct Heads {
+  const void* data;
+  int64_t head_size;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// One side of a relation, its heads concatenated and split again into relation heads of `size` features.
+struct RelationSide {
+  Heads a, b;  // the same for a self relation
+  int64_t size;
+  double scale;  // of the scores
+};
+
+// The tokens that see each other: one sequence of a batch row.
+struct Sequence {
+  int64_t batch;
+  const int32_t* tokens;  // [count] ascending positions
+  int64_t count;
+  double weight;  // of one query row in the gradient
+};
+
+// One relation head of one sequence: the unit of work.
+struct RelationJob {
+  Dtype dtype;
+  RelationSide student, teacher;
+  bool self, causal;
+  Sequence sequence;
+  int64_t relation_head;
+  const void* row_weights;  // [N] gradient arriving at each query row, float (double for f64), or null
+  Heads grad_a, grad_b;     // where the gradients go (the same for a self relation); null: not wanted
+  void* row_loss;           // [N] value of each query row, float (double for f64), or null
+};
+
+// A job's query rows are taken in chunks whose number depends on the sequence alone. Each leaves the gradient of the
+// keys as a partial sum; adding those up in order gives the same bits whoever computed them.
+struct AttentionRelationKernel {
+  // Whether the job is done in one sweep with partial sums, or (long sequences) in several that need none.
+  bool (*one_sweep)(const RelationJob&);
+  size_t (*scratch_bytes)(const RelationJob&);  // per thread, 64-byte aligned
+  size_t (*partial_bytes)(const RelationJob&);  // gradient of all keys
+  // One sweep, all of it: returns the sum of the rows' values. `total` and `partial` are scratch too.
+  double (*whole)(const RelationJob&, void* total, void* partial, void* scratch);
+  // The same in parts: value of a chunk's rows, grad_a of its rows written and grad_b left in `partial`; then the
+  // partial sums added, then written.
+  int64_t (*chunks)(const RelationJob&);
+  double (*chunk)(const RelationJob&, int64_t chunk, void* partial, void* scratch);
+  void (*add)(const RelationJob&, void* total, const void* partial);
+  void (*write_keys)(const RelationJob&, const void* total);
+  // Several sweeps: blocks of tokens, first their row statistics (`statistics_bytes` in all), then their gradients.
+  int64_t (*blocks)(const RelationJob&);
+  size_t (*statistics_bytes)(const RelationJob&);
+  double (*block_statistics)(const RelationJob&, int64_t block, void* statistics, void* scratch);
+  void (*block_gradient)(const RelationJob&, int64_t block, const void* statistics, void* scratch);
+};
+
+namespace avx512 {
+extern const AttentionRelationKernel attention_relation;
+}
+namespace avx2 {
+extern const AttentionRelationKernel attention_relation;
+}
+namespace generic {
+extern const AttentionRelationKernel attention_relation;
+}
+
+}  // namespace pyd
