@@ -82,7 +82,8 @@ def capture(model: nn.Module, signals: Iterable[str], *, stop_early: bool = True
             compiled module, a captured forward runs eagerly.
         signals: at least one.
         stop_early: end the forward as soon as every signal is there. Where ``logits`` are asked for, or FSDP shards a
-            part of the model, it runs to its end in any case.
+            part of the model, it runs to its end in any case. FSDP knows a layer's outputs only: shard those whose
+            queries, keys or values are read with ``reshard_after_forward=False``.
 
     Returns:
         a `Capture`: call it as the model is called.
@@ -147,6 +148,7 @@ class Capture:
 
     @torch.compiler.disable
     def _recorded_forward(self, *args: Any, **inputs: Any) -> dict[str, Tensor]:
+        _check_not_compiled(self.model)
         inner = {name for name in self.signals if name != LOGITS}
         recorder = _Recorder(self._attention, inner, self.stop_early and not _is_sharded(self.model))
         with self._recording(recorder):
@@ -169,8 +171,7 @@ class Capture:
         with ExitStack() as undo:
             for layer in self._checkpointed:
                 # An exception must not cross a checkpoint, and the reentrant kind has no graph inside.
-                if layer.gradient_checkpointing:
-                    undo.enter_context(_changes.held(_switch, layer, "gradient_checkpointing", False))
+                undo.enter_context(_changes.held(_switch, layer, "gradient_checkpointing", False))
             for config in self._configs:
                 undo.enter_context(_recording_attention(config))
             for source in self._hidden:
@@ -337,9 +338,12 @@ _changes = _Changes()
 
 
 def _switch(owner: Any, attribute: str, value: Any) -> Callable[[], object]:
-    original = getattr(owner, attribute)
+    if attribute in vars(owner):
+        undo: Callable[[], object] = partial(setattr, owner, attribute, vars(owner)[attribute])
+    else:
+        undo = partial(delattr, owner, attribute)
     setattr(owner, attribute, value)
-    return partial(setattr, owner, attribute, original)
+    return undo
 
 
 # --------------------------------------------------------------------------- sources
@@ -548,6 +552,10 @@ def _check_model(model: nn.Module) -> None:
             f"model must not be wrapped in {type(model).__name__}, whose forward must not end early; pass "
             "model.module, and wrap the module that calls the capture"
         )
+    _check_not_compiled(model)
+
+
+def _check_not_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             _fail(
