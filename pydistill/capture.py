@@ -47,16 +47,13 @@ _RECORDING = "pydistill_capture_"
 def capture(model: nn.Module, signals: Iterable[str], *, stop_early: bool = True) -> Capture:
     """Read signals out of a model's forward, and run no more of the model than they need.
 
-    A signal is ``"logits"`` or ``"<kind>@<layer>"``:
+    A signal is ``"logits"`` or ``"<kind>@<layer>"``, where ``<kind>`` is
 
-    ================= ======================================================================================
-    ``queries@``      ``[B, H, N, d]``, as the attention function receives them: after the rotary embedding, before the
-    ``keys@``         softmax. Keys and values of grouped-query models have fewer heads than queries; they are not
-    ``values@``       repeated.
-    ``hidden_states@`` ``[B, N, D]``, what the layer's module returns. A normalisation that follows the last layer is
-                      a module of its own (``hidden_states@model.norm``).
-    ``logits``        of the model's output.
-    ================= ======================================================================================
+    - ``queries``, ``keys`` or ``values``: ``[B, H, N, d]``, as the attention function receives them, after the rotary
+      embedding and before the softmax. Keys and values of grouped-query models have fewer heads than queries; they are
+      not repeated;
+    - ``hidden_states``: ``[B, N, D]``, what the layer's module returns. A normalisation that follows the last layer is
+      a module of its own (``hidden_states@model.norm``);
 
     and ``<layer>`` is
 

@@ -446,31 +446,77 @@ def test_student_within_teacher_each_with_its_own_implementation() -> None:
         assert (outer.config._attn_implementation, inner.config._attn_implementation) == ("eager", own)
 
 
-def test_threads_that_share_a_model_do_not_see_each_other() -> None:
+@pytest.mark.parametrize(("name", "kind"), [("bert", "queries"), ("bert", "hidden_states"), ("mpnet", "keys")])
+def test_threads_that_share_a_model_do_not_see_each_other(name: str, kind: str) -> None:
     """Captures of different layers, and plain forwards, of one model at once."""
-    model = tiny("bert")
+    model = tiny(name)
     inputs = [batch(rows, 7) for rows in (2, 3, 4, 5)]
     before = state_of(model)
-    expected: list[Any] = [capture(model, [f"queries@{number % 3}"])(**given) for number, given in enumerate(inputs)]
+    signals = [f"{kind}@{number % 3}" for number in range(4)]
+    expected = [capture(model, [signal])(**given)[signal] for signal, given in zip(signals, inputs, strict=True)]
     plain = model(**inputs[0]).logits
     failures: list[str] = []
 
     def work(number: int) -> None:
-        reader = capture(model, [f"queries@{number % 3}"])
+        reader = capture(model, [signals[number]])
         for _ in range(20):
-            for name, value in reader(**inputs[number]).items():
-                if not torch.equal(value, expected[number][name]):
-                    failures.append(f"{number} {name}")
+            if not torch.equal(reader(**inputs[number])[signals[number]], expected[number]):
+                failures.append(signals[number])
             if not torch.equal(model(**inputs[0]).logits, plain):
-                failures.append(f"{number} logits")
+                failures.append("logits")
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert not failures
     assert state_of(model) == before
+
+
+class Enclosing(nn.Module):
+    """Captures of its own, inside the forward that is captured, and a handler that catches every `Exception`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny("bert")
+        self.finished = 0
+
+    def forward(self, **inputs: Any) -> Any:
+        try:
+            captured = capture(self.inner, ["queries@2"])(**inputs)
+        except Exception:
+            captured = {}
+        self.finished += 1
+        return captured
+
+
+def test_the_end_of_an_outer_capture_passes_through_an_inner_one() -> None:
+    model, inputs = Enclosing(), batch()
+    expected = capture(model.inner, ["queries@1"])(**inputs)["queries@1"]
+    captured = capture(model, ["queries@inner.bert.encoder.layer.1"])(**inputs)
+    assert torch.equal(captured["queries@inner.bert.encoder.layer.1"], expected)
+    assert model.finished == 0
+    assert list(model(**inputs)) == ["queries@2"] and model.finished == 1
+
+
+def test_layers_are_told_from_other_lists_of_their_length() -> None:
+    model, inputs = tiny("bert"), batch()
+    model.heads = nn.ModuleList(nn.Linear(1, 1) for _ in range(LAYERS))
+    captured = capture(model, ["hidden_states@1", "hidden_states@bert.encoder.layer.1"])(**inputs)
+    assert captured["hidden_states@1"] is captured["hidden_states@bert.encoder.layer.1"]
+
+
+def test_a_module_that_runs_again_is_read_the_first_time() -> None:
+    """DeBERTa-v2 with shared keys applies the projection of its keys to the relative positions too."""
+    model, inputs = tiny("deberta-v2"), batch()
+    expected = capture(model, ["keys@1"])(**inputs)["keys@1"]
+    assert torch.equal(capture(model, ["keys@1", "logits"])(**inputs)["keys@1"], expected)
 
 
 def test_a_compiled_model_is_refused_and_a_compiled_caller_is_exact() -> None:
