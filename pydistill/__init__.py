@@ -34,6 +34,7 @@ from pydistill.losses.attention_relation import (  # noqa: E402 (the checks abov
 from pydistill.losses.soft_target import SoftTarget, soft_target_loss  # noqa: E402 (the checks above must come first)
 
 if TYPE_CHECKING:
+    from pydistill.capture import capture
     from pydistill.distiller import Distiller
     from pydistill.plan import plan
     from pydistill.recipes import run
@@ -46,6 +47,7 @@ __all__ = [
     "SoftTarget",
     "__version__",
     "attention_relation_loss",
+    "capture",
     "plan",
     "run",
     "soft_target_loss",
@@ -55,6 +57,7 @@ __all__ = [
 _LAZY = {
     "DistillationTrainer": "pydistill.trainer",
     "Distiller": "pydistill.distiller",
+    "capture": "pydistill.capture",
     "plan": "pydistill.plan",
     "run": "pydistill.recipes",
 }

@@ -422,6 +422,17 @@ def test_online_teacher_gives_tensors_that_a_loss_may_save() -> None:
     (student * signal).sum().backward()
 
 
+def test_teachers_say_which_signals_they_cannot_give() -> None:
+    online, recorded = OnlineTeacher(tiny_bert()), RecordedTeacher()
+    for teacher in (online, recorded):
+        teacher.check(frozenset({"logits"}))
+    online.check(frozenset({"logits", "queries@-1", "hidden_states@0"}))
+    with pytest.raises(ValueError, match="'queries@1': .* has 1 layers"):
+        online.check(frozenset({"queries@1"}))
+    with pytest.raises(ValueError, match="only logits are recorded, got queries@0; pass the model itself as teacher"):
+        recorded.check(frozenset({"logits", "queries@0"}))
+
+
 def test_online_teacher_refuses() -> None:
     with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
         OnlineTeacher("bert-base-uncased")  # type: ignore[arg-type]

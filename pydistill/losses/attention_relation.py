@@ -332,30 +332,31 @@ def attention_relation_loss(
               L_{a,i} = KL(R^\mathrm{teacher}_{a,i} \,\|\, R^\mathrm{student}_{a,i})
 
     With queries and keys this is MiniLM's attention transfer, with ``b=None`` a self relation such as its value
-    relation (Wang et al. 2020, arXiv 2002.10957, equations 6 and 9) or the QQ, KK and VV of MiniLMv2 (arXiv 2012.15828).
-    Same value as the mean over batch, heads and rows of
-    ``(p * (p.log() - (A_s @ B_s.mT / ds**0.5).log_softmax(-1))).sum(-1)`` with ``p = (A_t @ B_t.mT / dt**0.5).softmax(-1)``
-    where nothing is masked. Scores, probabilities and their gradient never exist as N x N matrices in memory: loss and
+    relation (Wang et al. 2020, arXiv 2002.10957, equations 6 and 9) or MiniLMv2's QQ, KK and VV (arXiv 2012.15828).
+    Where nothing is masked, same value as the mean over batch, heads and rows of
+    ``(p * (p.log() - (A_s @ B_s.mT / ds**0.5).log_softmax(-1))).sum(-1)`` with
+    ``p = (A_t @ B_t.mT / dt**0.5).softmax(-1)``. Scores, probabilities and their gradient never exist as N x N matrices in memory: loss and
     gradients take O(B H N) beyond the inputs.
 
     Args:
         student_a: ``[B, H, N, ds]``, fp32, bf16, fp16 or fp64; any strides. Receives a gradient.
         student_b: the same shape, or fewer heads (a divisor: grouped-query models); receives a gradient. None makes a
             self relation.
-        teacher_a, teacher_b: ``[B, H, N, dt]``; must not require grad. Where dtypes differ, all are taken in the widest.
+        teacher_a, teacher_b: ``[B, H, N, dt]``; must not require grad. Where dtypes differ, all are taken in the
+            widest.
         mask: ``[B, N]`` boolean or integer, non-zero = valid: left or right padding, or holes. Padding is no key and no
             query: it has zero loss and zero gradient whatever it holds, and a padded batch equals its sequences one by
             one.
         segment_ids: ``[B, N]`` integers for packed sequences: tokens see those with the same id. Negative is padding.
             Each segment counts as one sequence.
         causal: a token sees only itself and those before it.
-        relation_heads: join all heads and split them into this many (MiniLMv2), so that head counts and sizes of the two
-            sides are free; must divide both widths. None takes the heads as they are, equally many on both sides.
+        relation_heads: join all heads and split them into this many (MiniLMv2), so that head counts and sizes of the
+            two sides are free; must divide both widths. None takes the heads as they are, equally many on both sides.
         scale: of the scores on both sides; None is 1 / sqrt(size of a head), for each side its own.
         reduction: ``"sequence_mean"`` (mean over heads and rows of each sequence, then over sequences: the papers'),
             ``"token_mean"`` (mean over heads and all valid rows), ``"sum"``, or ``"none"``: ``[B, A, N]``.
-        num_items: replaces the number of sequences (``sequence_mean``) or of valid tokens (``token_mean``), for gradient
-            accumulation and data parallelism.
+        num_items: replaces the number of sequences (``sequence_mean``) or of valid tokens (``token_mean``), for
+            gradient accumulation and data parallelism.
         impl: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -416,7 +417,7 @@ def attention_relations_loss(
     num_items: float | Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""Several relations of one pair of layers: :math:`\sum_r w_r L_r`, in one launch where no tensor is in two of them.
+    r"""Several relations of one pair of layers, :math:`\sum_r w_r L_r`, in one launch where no tensor is in two.
 
     Args:
         student, teacher: ``queries``, ``keys`` and ``values`` ``[B, H, N, d]``, as far as the relations need them.
