@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -70,6 +70,10 @@ class Section(BaseModel):
     """A block of the configuration; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    def to_yaml(self) -> str:
+        """Return the complete configuration as yaml that the loader reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 class DataConfig(Section):
@@ -225,10 +229,6 @@ class RunConfig(Section):
     def _known_arm_arguments(cls, value: dict[Arm, dict[str, Any]]) -> dict[Arm, dict[str, Any]]:
         return {arm: training_arguments(block, prefix=f"{arm}.") for arm, block in value.items()}
 
-    def to_yaml(self) -> str:
-        """Return the complete configuration as yaml that :func:`load_config` reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
 
 @functools.cache
 def _argument_types() -> dict[str, TypeAdapter[Any]]:
@@ -282,12 +282,21 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
     """Return the dotted name of every key of the configuration, the ``train`` blocks as one key each."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            keys += known_keys(annotation, f"{prefix}{name}.")
+        section, named = _section_of(field.annotation)
+        if section is not None:
+            keys += known_keys(section, f"{prefix}{name}.NAME." if named else f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def _section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """Return the section that a key holds, if it holds one (or may be None), and whether it holds several by name."""
+    members = [member for member in get_args(annotation) or (annotation,) if member is not type(None)]
+    section = members[-1]
+    if isinstance(section, type) and issubclass(section, Section):
+        return section, get_origin(annotation) is dict
+    return None, False
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -379,7 +388,15 @@ def find_recipe(name: str | Path) -> Path:
     raise ConfigError(f"{name}: is neither a recipe nor a yaml file; {hint}the recipes are: {', '.join(builtin)}")
 
 
+AnySection = TypeVar("AnySection", bound=Section)
+
+
 def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read the configuration of a run, see :func:`load_section`."""
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(schema: type[AnySection], path: Path | None, overrides: Mapping[str, Any] | None = None) -> AnySection:
     """Read ``path``, lay ``overrides`` (dotted keys) over it and validate.
 
     Raises:
@@ -390,9 +407,9 @@ def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     for key, value in overrides.items():
         _assign(content, key, value)
     try:
-        return RunConfig.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        lines = [_describe(detail, path, overrides) for detail in error.errors()]
+        lines = [_describe(detail, schema, path, overrides) for detail in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -410,7 +427,7 @@ def _assign(content: dict[str, Any], dotted: str, value: Any) -> None:
     block[last] = value
 
 
-def _describe(detail: Any, path: Path | None, overrides: Mapping[str, Any]) -> str:
+def _describe(detail: Any, schema: type[Section], path: Path | None, overrides: Mapping[str, Any]) -> str:
     location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
     context = detail.get("ctx") or {}
     value = detail["input"]
@@ -425,13 +442,15 @@ def _describe(detail: Any, path: Path | None, overrides: Mapping[str, Any]) -> s
     if from_command_line and detail["type"] != "missing":
         key = f"--{key}"
     if detail["type"] == "missing":
-        section = RunConfig.model_fields[key].annotation if key in RunConfig.model_fields else None
-        if isinstance(section, type) and issubclass(section, Section):
-            inner = [f"{key}.{name}" for name, field in section.model_fields.items() if field.is_required()]
+        section, named = (
+            _section_of(schema.model_fields[key].annotation) if key in schema.model_fields else (None, False)
+        )
+        if section is not None and not named:
+            inner = [f"{key}.{name}" for name, one in section.model_fields.items() if one.is_required()]
             key = ", ".join(inner)
         return f"{origin}: {key}: is required and not given; add it to the yaml or as --{key} VALUE"
     if detail["type"] == "extra_forbidden" or context.get("unknown"):
-        near = context.get("near") or _near_keys(".".join(location))
+        near = context.get("near") or _near_keys(".".join(location), schema)
         if context.get("unknown"):
             stem = ".".join(location[:-1] + context["key"].split(".")[:-1])
             near = [f"{stem}.{name}" for name in near]
@@ -447,8 +466,8 @@ def _known_prefix(location: list[str]) -> list[str]:
     return [part for position, part in enumerate(location) if not (position and part in names)]
 
 
-def _near_keys(key: str) -> list[str]:
-    keys = known_keys()
+def _near_keys(key: str, schema: type[Section]) -> list[str]:
+    keys = known_keys(schema)
     near = near_matches(key, keys)
     last = key.rsplit(".", 1)[-1]
     near += [known for known in keys if known.rsplit(".", 1)[-1] == last and known not in near]

@@ -44,6 +44,7 @@ from pydistill.config import Arm, OptimizerSection
 from pydistill.data.augment import AugmentConfig, augment_dataset
 from pydistill.distiller import Distiller
 from pydistill.inference import predict_logits
+from pydistill.metrics import classification_metrics
 from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, duration, quiet
 from pydistill.report import (
     METRICS_FILE,
@@ -274,29 +275,6 @@ class Progress(TrainerCallback):
 def _attach_progress(trainer: Trainer, metric: str) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(metric))
-
-
-def classification_metrics(answers: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
-    """Accuracy, F1 (of class 1 for two classes, otherwise the mean over the classes) and Matthews correlation.
-
-    Args:
-        answers: predicted class ids ``[N]``.
-        labels: true class ids ``[N]``.
-        classes: how many classes there are.
-    """
-    table = np.zeros((classes, classes))  # [true, predicted]
-    np.add.at(table, (labels, answers), 1)
-    hits, true, predicted = np.diag(table), table.sum(1), table.sum(0)
-    total = table.sum()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        f1 = np.nan_to_num(2 * hits / (true + predicted))
-        spread = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
-        matthews = np.nan_to_num((hits.sum() * total - (true * predicted).sum()) / np.sqrt(spread))
-    return {
-        "accuracy": float(hits.sum() / total),
-        "f1": float(f1[1] if classes == 2 else f1.mean()),
-        "matthews": float(matthews),
-    }
 
 
 def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
