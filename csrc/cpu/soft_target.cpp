@@ -416,12 +416,13 @@ PYD_INLINE void load_lanes(const Rows& rows, int64_t r0, int64_t n, const Transp
   }
 }
 
-// Few classes: one row per lane, so that no lane idles and a logarithm is computed for a whole vector of rows.
-template <class S, Divergence D>
+// Few classes: one row per lane, so that no lane idles and a logarithm is computed for a whole vector of rows. Where C
+// is not 0 it is the number of classes, and the loops over them dissolve.
+template <class S, Divergence D, int C>
 double narrow_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void*) {
   using V = Floats;
   constexpr int width = V::width;
-  const int64_t classes = a.classes;
+  const int64_t classes = C != 0 ? C : a.classes;
   const bool hard = a.hard_value != 0 || a.hard_grad != 0;
   const bool selective = a.mask != nullptr || a.labels != nullptr;
   const double T = a.temperature;
@@ -434,7 +435,7 @@ double narrow_rows(const SoftTargetArgs& a, int64_t begin, int64_t end, void*) {
                                                 : D == Divergence::jsd ? a.soft_grad * (1 - a.jsd_beta) / T
                                                                        : a.soft_grad / T));
   const Transpose transpose(classes);
-  alignas(64) float teacher[width * narrow_classes], student[width * narrow_classes], own[width * narrow_classes];
+  alignas(64) float teacher[width * narrow_classes], student[width * narrow_classes], own[width * narrow_classes] = {};
   alignas(64) float flat[width * narrow_classes];
   double total[width] = {};
 
@@ -554,7 +555,9 @@ RowsFunction choose_hard(const SoftTargetArgs& a) {
 template <class V, class S, Divergence D>
 RowsFunction choose_width(const SoftTargetArgs& a) {
   if constexpr (V::width > 1) {
-    if (a.classes <= narrow_classes) return narrow_rows<S, D>;
+    if (a.classes == 2) return narrow_rows<S, D, 2>;
+    if (a.classes == 3) return narrow_rows<S, D, 3>;
+    if (a.classes <= narrow_classes) return narrow_rows<S, D, 0>;
   }
   return choose_hard<V, S, D>(a);
 }
