@@ -30,6 +30,7 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
 from pydistill.losses.soft_target import SoftTarget, soft_target_loss  # noqa: E402 (the checks above must come first)
 
 if TYPE_CHECKING:
+    from pydistill.capture import capture
     from pydistill.distiller import Distiller
     from pydistill.plan import plan
     from pydistill.recipes import run
@@ -40,6 +41,7 @@ __all__ = [
     "Distiller",
     "SoftTarget",
     "__version__",
+    "capture",
     "plan",
     "run",
     "soft_target_loss",
@@ -49,6 +51,7 @@ __all__ = [
 _LAZY = {
     "DistillationTrainer": "pydistill.trainer",
     "Distiller": "pydistill.distiller",
+    "capture": "pydistill.capture",
     "plan": "pydistill.plan",
     "run": "pydistill.recipes",
 }

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from pydistill.capture import LOGITS, Capture, capture, freeze_unreachable
 from pydistill.objective import Objective
 from pydistill.teachers import TEACHER_PREFIX, OnlineTeacher, Teacher, input_names
-
-# What `Distiller` can read out of the student's forward.
-STUDENT_SIGNALS = frozenset({"logits"})
 
 
 @dataclass
@@ -24,7 +22,8 @@ class DistillerOutput(ModelOutput):
 
     Args:
         loss: 0-d; the weighted sum of the objective, or the student's own loss in a `student_only` forward.
-        logits: the student's; None where the objective overwrote them (a term with ``inplace=True``).
+        logits: the student's; None where no term reads them, or the objective overwrote them (a term with
+            ``inplace=True``).
         parts: unweighted value of each term by name, 0-d and detached; None in a `student_only` forward.
     """
 
@@ -40,8 +39,11 @@ class Distiller(nn.Module):
     is not: it is in no state dict, no optimizer and no gradient bucket, ``train()`` does not reach it, and it keeps its
     own dtype.
 
+    Both models run only as far as the objective reads them: where it reads the queries of a layer, the forward ends
+    there (see `capture`). Student parameters behind that point never get a gradient; `freeze_unreachable` finds them.
+
     Args:
-        student: the model that learns.
+        student: the model that learns. It needs a head only where a term reads its logits.
         teacher: a `Teacher` (`OnlineTeacher`, `RecordedTeacher`), a plain model (made an `OnlineTeacher`), or
             None where no term of the objective reads a teacher.
         objective: an `Objective`, one term, or a sequence of terms.
@@ -71,13 +73,18 @@ class Distiller(nn.Module):
         # A plain attribute: the teacher's modules hide inside an object that is no nn.Module.
         self.teacher: Teacher | None = OnlineTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.student_inputs = input_names(student)
-        self._check_signals()
+        self._student_capture = self._check_signals()
         self._check_teacher()
 
     @property
     def needs_teacher(self) -> bool:
         """Whether some term reads a teacher signal."""
         return bool(self.objective.teacher_signals)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether some term reads the student's logits; otherwise they are not computed."""
+        return LOGITS in self.objective.student_signals
 
     @property
     def batch_keys(self) -> frozenset[str]:
@@ -109,32 +116,48 @@ class Distiller(nn.Module):
             ValueError: the batch has a key that neither model reads, or lacks what the teacher reads.
         """
         self._check_batch(batch)
-        student_batch = {name: value for name, value in batch.items() if name in self.student_inputs}
+        student_batch = self._student_batch(batch)
         if student_only:
             if labels is not None:
                 student_batch["labels"] = labels
             outputs = self.student(**student_batch)
-            return DistillerOutput(loss=outputs.loss if labels is not None else None, logits=outputs.logits)
+            return DistillerOutput(
+                loss=outputs.loss if labels is not None else None, logits=getattr(outputs, LOGITS, None)
+            )
 
         teacher_signals: dict[str, Tensor] = {}
         if self.needs_teacher:
             assert self.teacher is not None
             teacher_signals = self.teacher.signals(batch, self.objective.teacher_signals)
-        logits = self.student(**student_batch).logits
-        version = logits._version
+        student_signals = {} if self._student_capture is None else self._student_capture(**student_batch)
+        logits = student_signals.get(LOGITS)
+        version = None if logits is None else logits._version
         if labels is not None:
             batch["labels"] = labels
-        loss, parts = self.objective({"logits": logits}, teacher_signals, batch, num_items=num_items_in_batch)
+        loss, parts = self.objective(student_signals, teacher_signals, batch, num_items=num_items_in_batch)
         # A term that works in place has written its gradient over the logits; that is not to be mistaken for
         # them.
-        overwritten = logits._version != version
+        overwritten = logits is not None and logits._version != version
         return DistillerOutput(loss=loss, logits=None if overwritten else logits, parts=parts)
+
+    def freeze_unreachable(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """Freeze the student's parameters that the objective cannot reach, found with one batch; returns their names.
+
+        Data parallelism would otherwise wait for their gradients. See `pydistill.capture.unreachable_parameters`.
+        """
+        self._check_batch(batch)
+        if self._student_capture is None:
+            return []
+        return freeze_unreachable(self.student, self._student_capture.signals, self._student_batch(batch))
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the student's activations in the backward; ``TrainingArguments`` turns it on."""
         self.student.activation_checkpointing_enable(**options)
 
-    def _check_batch(self, batch: dict[str, Tensor]) -> None:
+    def _student_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in batch.items() if name in self.student_inputs}
+
+    def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
         unknown = batch.keys() - self.batch_keys
         if not self.needs_teacher:
             # Recorded or tokenized for a teacher that this objective does not ask.
@@ -145,23 +168,25 @@ class Distiller(nn.Module):
                 f"teacher reads; known keys: {', '.join(sorted(self.batch_keys))}"
             )
 
-    def _check_signals(self) -> None:
-        missing = self.objective.student_signals - STUDENT_SIGNALS
-        if missing:
-            _fail(f"the objective reads {sorted(missing)} from the student, which gives {sorted(STUDENT_SIGNALS)}")
+    def _check_signals(self) -> Capture | None:
+        signals = sorted(self.objective.student_signals)
+        try:
+            # A term may read the student's weights alone.
+            student = capture(self.student, signals) if signals else None
+        except ValueError as error:
+            raise ValueError(f"Distiller: the objective reads what the student cannot give: {error}") from error
         if not self.needs_teacher:
-            return
+            return student
         needed = self.objective.teacher_signals
         if self.teacher is None:
             _fail(
                 f"the objective reads {sorted(needed)} from a teacher, got teacher=None; pass one or drop those terms"
             )
-        missing = needed - self.teacher.provides
-        if missing:
-            _fail(
-                f"the objective reads {sorted(missing)} from the teacher, and "
-                f"{type(self.teacher).__name__} gives {sorted(self.teacher.provides)}"
-            )
+        try:
+            self.teacher.check(needed)
+        except ValueError as error:
+            raise ValueError(f"Distiller: the objective reads what the teacher cannot give: {error}") from error
+        return student
 
     def _check_teacher(self) -> None:
         if not isinstance(self.teacher, OnlineTeacher):
@@ -172,7 +197,7 @@ class Distiller(nn.Module):
                 "student and teacher share parameters, and the teacher's are frozen; pass copy.deepcopy(model) as "
                 "teacher"
             )
-        if "logits" in self.objective.teacher_signals:
+        if LOGITS in self.objective.teacher_signals:
             student_labels, teacher_labels = _num_labels(self.student), _num_labels(self.teacher.model)
             if student_labels != teacher_labels and None not in (student_labels, teacher_labels):
                 _fail(

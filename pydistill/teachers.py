@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pydistill.capture import LOGITS, Capture, capture
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,15 +36,15 @@ class Teacher(Protocol):
     """Gives the teacher signals of a batch. Never an ``nn.Module``, so that no student ever owns its weights.
 
     Attributes:
-        provides: names of the signals it can give.
         batch_keys: keys of the batch that it may read.
     """
 
     @property
-    def provides(self) -> frozenset[str]: ...
-
-    @property
     def batch_keys(self) -> frozenset[str]: ...
+
+    def check(self, names: frozenset[str]) -> None:
+        """Raise a ValueError that says why, if it cannot give all of the signals `names`."""
+        ...
 
     def signals(self, batch: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
         """Return the signals `names` for `batch`: tensors that do not require grad."""
@@ -52,17 +54,15 @@ class Teacher(Protocol):
 class OnlineTeacher:
     """A teacher model that runs on every batch, always in eval mode and without gradients.
 
-    It takes the model over: parameters are frozen, and cast where `dtype` says so. The forward runs outside
-        autocast, in the model's own dtype, whatever precision the student trains in, and on the device of the
-        batch.
+    It takes the model over: parameters are frozen, and cast where `dtype` says so. The forward runs outside autocast,
+    in the model's own dtype, whatever precision the student trains in, and on the device of the batch. It ends with the
+    last signal that is asked for: a teacher whose fourth layer is read never runs its fifth (see `capture`).
 
     Args:
         model: called with those keys of the batch that its forward names.
         dtype: cast the model's floating-point parameters, for instance to ``torch.bfloat16``; None keeps
             them.
     """
-
-    provides = frozenset({"logits"})
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if not isinstance(model, nn.Module):
@@ -71,17 +71,22 @@ class OnlineTeacher:
         if dtype is not None:
             self.model = self.model.to(dtype)
         self.input_names = input_names(model)
+        self._captures: dict[frozenset[str], Capture] = {}
 
     @property
     def batch_keys(self) -> frozenset[str]:
         """The model's inputs, each with and without the prefix ``teacher_``."""
         return self.input_names | {TEACHER_PREFIX + name for name in self.input_names}
 
+    def check(self, names: frozenset[str]) -> None:
+        """See `Teacher.check`."""
+        self._capture(names)
+
     def signals(self, batch: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
         """Run the model on the keys ``teacher_<input>`` of `batch`, or on the student's inputs if there are none.
 
         Raises:
-            ValueError: `batch` holds none of the model's inputs.
+            ValueError: `batch` holds none of the model's inputs, or the model cannot give the signals `names`.
         """
         inputs = {
             name: batch[TEACHER_PREFIX + name] for name in self.input_names if TEACHER_PREFIX + name in batch
@@ -99,15 +104,25 @@ class OnlineTeacher:
         # Not inference_mode: a loss that autograd differentiates may save the teacher's tensors, and
         # inference tensors cannot be saved.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            outputs = self.model(**inputs)
-        return {"logits": outputs.logits}
+            return self._capture(names)(**inputs)
+
+    def _capture(self, names: frozenset[str]) -> Capture:
+        if names not in self._captures:
+            self._captures[names] = capture(self.model, sorted(names))
+        return self._captures[names]
 
 
 class RecordedTeacher:
     """A teacher whose logits come with the batch, as ``teacher_logits [B, C]`` (see `label_transfer_set`)."""
 
-    provides = frozenset({"logits"})
     batch_keys = frozenset({RECORDED_LOGITS})
+
+    def check(self, names: frozenset[str]) -> None:
+        """See `Teacher.check`."""
+        if other := sorted(names - {LOGITS}):
+            _fail(
+                "RecordedTeacher", f"only logits are recorded, got {', '.join(other)}; pass the model itself as teacher"
+            )
 
     def signals(self, batch: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
         """Return the recorded logits.
@@ -121,7 +136,7 @@ class RecordedTeacher:
                 f"the batch has no {RECORDED_LOGITS!r}, only {', '.join(sorted(batch))}; label the training rows "
                 "with label_transfer_set first",
             )
-        return {"logits": batch[RECORDED_LOGITS]}
+        return {LOGITS: batch[RECORDED_LOGITS]}
 
 
 def input_names(model: nn.Module) -> frozenset[str]:

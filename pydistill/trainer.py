@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.utils import logging
 
+from pydistill.capture import LOGITS
 from pydistill.distiller import Distiller
 from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX
 
@@ -85,7 +86,11 @@ class DistillationTrainer(Trainer):
       training in one go. ``train(resume_from_checkpoint=True)`` takes the last checkpoint that was completely
       written;
     - evaluation and prediction run the student alone; ``eval_loss`` is the student's own loss on the labels.
-      They do not advance the random stream of training;
+      Where no term reads the student's logits, there may be no head, or one that nothing trains: ``eval_loss`` is
+      then the objective's, teacher included, and there are no predictions. Neither advances the random stream of
+      training;
+    - student parameters that the objective cannot reach are frozen while it trains, and listed in the log: the
+      layers above the last one that is read, for instance. Data parallelism would wait for their gradients;
     - the denominators of all terms are counted over the whole accumulated batch, so ``1 x 32`` equals ``4 x
       8``;
     - ``train_sampling_strategy="group_by_length"`` that is exactly resumable and finds lengths without
@@ -223,7 +228,11 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """One evaluation step of the student; what the batch holds for the teacher is not looked at."""
+        """One evaluation step: of the student alone, or of the whole objective where it reads no logits."""
+        if not self.distiller.reads_logits:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return model(**inputs).loss.detach().mean(), None, None
         student_inputs = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
         return super().prediction_step(
             model, {**student_inputs, "student_only": True}, prediction_loss_only, ignore_keys=ignore_keys
@@ -277,10 +286,34 @@ class DistillationTrainer(Trainer):
                 )
             resume_from_checkpoint = str(found)
         self._part_sums = {}
+        frozen = self._freeze_unreachable()
         # The base class seeds when it is made; whatever drew random numbers since then must not decide the
         # run.
         set_seed(self.args.seed)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _freeze_unreachable(self) -> list[nn.Parameter]:
+        """Freeze before optimizer and data parallelism ask which parameters train, and before the run is seeded."""
+        student = self.distiller.student
+        if self.distiller.objective.student_signals <= {LOGITS} or self.train_dataset is None:
+            return []
+        # Not from the data loader: accelerate keeps track of every one that it has seen begin.
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        batch = collate([next(iter(self.train_dataset))])
+        device = next(student.parameters()).device
+        names = self.distiller.freeze_unreachable(
+            {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        )
+        if names:
+            logger.warning(
+                f"The objective cannot reach {len(names)} of the student's parameters, which are frozen while it "
+                f"trains: {', '.join(names)}."
+            )
+        return [student.get_parameter(name) for name in names]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_bert
+from tiny_models import MatchSignal, tiny_bert
 from torch import nn
 
 from pydistill import SoftTarget, _dispatch, soft_target_loss
@@ -171,6 +171,115 @@ def test_overwritten_logits_are_not_returned() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def count_layers(model: Any) -> list[int]:
+    """Grows by the index of every layer that runs."""
+    ran: list[int] = []
+    for index, layer in enumerate(model.encoder.layer):
+        layer.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    return ran
+
+
+def values_by_hand(model: Any, layer: int, inputs: Any) -> Any:
+    states = model(**inputs, output_hidden_states=True).hidden_states[layer]  # what enters the layer
+    projected = model.encoder.layer[layer].attention.self.value(states)
+    return projected.view(*projected.shape[:2], 2, -1).transpose(1, 2)
+
+
+def test_signals_inside_two_headless_models() -> None:
+    """Another layer of each; both stop there, and the gradients are those of the same loss by hand."""
+    student, teacher, inputs = tiny_bert(seed=0, layers=3).bert, tiny_bert(seed=1, layers=4).bert.eval(), batch()
+    term = MatchSignal("values@1", "values@encoder.layer.2")
+    step = Distiller(student, teacher, term)
+    with torch.no_grad():
+        wanted = values_by_hand(teacher, 2, inputs)
+    expected = term({term.signal: values_by_hand(student, 1, inputs)}, {term.teacher_signal: wanted}, inputs)
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad()
+
+    student_ran, teacher_ran = count_layers(student), count_layers(teacher)
+    output = step(**inputs)
+    assert output.logits is None and output.parts == {"match": output.loss}
+    assert (student_ran, teacher_ran) == ([0, 1], [0, 1, 2])
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    for name, parameter in student.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name])
+
+
+def test_logits_and_inner_signals_come_from_one_forward() -> None:
+    step, inputs = distiller(objective=[SoftTarget(divergence="mse"), MatchSignal("hidden_states@0")]), batch()
+    ran = count_layers(step.student.bert)
+    output = step(**inputs)
+    assert ran == [0]
+    alone = distiller()(**inputs)
+    assert torch.equal(output.logits, alone.logits) and torch.equal(output.parts["soft_target"], alone.loss)
+    assert output.parts["match"] > 0
+
+
+def test_a_teacher_gives_inner_signals_in_its_own_dtype_and_without_a_graph() -> None:
+    teacher = OnlineTeacher(tiny_bert(seed=1, layers=2, dropout=0.5))
+    names, inputs = frozenset({"queries@0", "hidden_states@1"}), batch()
+    expected = teacher.signals(inputs, names)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = teacher.signals(inputs, names)
+    for name in names:
+        assert again[name].dtype == torch.float32 and torch.equal(again[name], expected[name])
+        assert not again[name].requires_grad and not again[name].is_inference()
+
+
+def test_a_student_within_autocast_gives_inner_signals_in_bf16() -> None:
+    step, inputs = distiller(objective=MatchSignal()), batch()
+    seen: list[Any] = []
+    step.objective.terms[0].register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(**inputs).loss.backward()
+    student, teacher = seen[0][:2]
+    assert student["values@-1"].dtype == torch.bfloat16 and teacher["values@-1"].dtype == torch.float32
+
+
+def test_unreachable_parameters_are_frozen_and_all_others_train() -> None:
+    step, inputs = distiller(objective=MatchSignal()), batch()
+    names = step.freeze_unreachable(inputs)
+    assert {"classifier.weight", "bert.encoder.layer.0.attention.self.query.weight"} <= set(names)
+    step(**inputs).loss.backward()
+    for name, parameter in step.student.named_parameters():
+        assert parameter.requires_grad == (name not in names) == (parameter.grad is not None), name
+    assert distiller().freeze_unreachable(inputs) == []
+
+
+def test_activation_checkpointing_and_compilation_around_inner_signals_change_nothing() -> None:
+    inputs = batch()
+
+    def gradients(checkpointed: bool, compiled: bool) -> dict[str, Any]:
+        step = Distiller(tiny_bert(layers=2), tiny_bert(seed=1), MatchSignal())
+        if checkpointed:
+            step.activation_checkpointing_enable()
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        run(**inputs).loss.backward()
+        return {name: parameter.grad for name, parameter in step.student.named_parameters()}
+
+    expected = gradients(False, False)
+    for checkpointed, compiled in ((True, False), (False, True)):
+        found = gradients(checkpointed, compiled)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] is None) == (gradient is None), name
+            if gradient is not None:
+                torch.testing.assert_close(found[name], gradient)
+
+
+def test_student_only_is_the_whole_student_whatever_the_objective_reads() -> None:
+    step, inputs, labels = distiller(objective=MatchSignal()), batch(), torch.tensor([0, 1, 1, 0])
+    output = step(**inputs, labels=labels, student_only=True)
+    expected = step.student(**inputs, labels=labels)
+    assert torch.equal(output.loss, expected.loss) and torch.equal(output.logits, expected.logits)
+    headless = Distiller(tiny_bert().bert, tiny_bert(seed=1), MatchSignal())
+    assert headless(**inputs, student_only=True).logits is None
+
+
 def test_accepts_a_term_a_list_or_an_objective() -> None:
     term = SoftTarget()
     for objective in (term, [term], Objective([term])):
@@ -204,7 +313,23 @@ class Hidden(SoftTarget):
         (shared_parameters, "share parameters.*deepcopy"),
         (
             lambda: distiller(objective=Hidden()),
-            r"reads \['hidden'\] from the student, which gives \['logits'\]",
+            "reads what the student cannot give: capture: a signal must be 'logits' or .* got 'hidden'",
+        ),
+        (
+            lambda: distiller(objective=MatchSignal("values@3", "values@0")),
+            r"what the student cannot give: capture: 'values@3': .* has 1 layers.* from -1 to 0, got 3",
+        ),
+        (
+            lambda: distiller(objective=MatchSignal("values@0", "values@3")),
+            r"what the teacher cannot give: capture: 'values@3': .* has 2 layers.* from -2 to 1, got 3",
+        ),
+        (
+            lambda: distiller(RecordedTeacher(), MatchSignal()),
+            "what the teacher cannot give: RecordedTeacher: only logits are recorded, got values@-1; pass the model",
+        ),
+        (
+            lambda: Distiller(tiny_bert().bert, tiny_bert(seed=1), SoftTarget()),
+            "what the student cannot give: capture: 'logits': BertModel has no head",
         ),
     ],
 )

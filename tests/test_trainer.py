@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from safetensors import safe_open
-from tiny_models import tiny_bert, tiny_rows, tiny_sentences, tiny_tokenizer
+from tiny_models import MatchSignal, tiny_bert, tiny_rows, tiny_sentences, tiny_tokenizer
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainerCallback,
@@ -471,6 +473,96 @@ def test_how_often_one_evaluates_does_not_change_what_is_trained(tmp_path: Path)
     never.train()
     often.train()
     assert_same_bits(weights(often), weights(never))
+
+
+# --------------------------------------------------------------------------- students without a head
+
+
+def headless(folder: Path, rows: int = 22, **changes: Any) -> DistillationTrainer:
+    """The last layer's values of a two-layer student follow those of its teacher; no logits, no labels."""
+    data = [tiny_rows(count, seed).remove_columns("labels") for count, seed in ((rows, 0), (12, 9))]
+    return DistillationTrainer(
+        Distiller(tiny_bert(layers=2).bert, tiny_bert(seed=1), MatchSignal()),
+        arguments(folder, **changes),
+        *data,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def test_headless_student_trains_and_is_evaluated_by_the_objective(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = headless(tmp_path, max_steps=30, save_strategy="steps", save_steps=30)
+    before = run.evaluate()
+    monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
+    monkeypatch.setattr(transformers.logging.get_logger("pydistill.trainer"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        run.train()
+    after = run.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] / 2
+    step, inputs = run.distiller.eval(), run.data_collator(list(run.eval_dataset))
+    with torch.no_grad():
+        batches = [{name: value[part] for name, value in inputs.items()} for part in (slice(8), slice(8, 12))]
+        losses = [step(**batch).loss.item() for batch in batches]
+    assert after["eval_loss"] == pytest.approx((8 * losses[0] + 4 * losses[1]) / 12, rel=1e-4)
+    assert run.predict(run.eval_dataset).predictions is None
+    (line,) = [record.message for record in caplog.records if "cannot reach" in record.message]
+    assert "encoder.layer.1.output.dense.weight" in line and "encoder.layer.1.attention.self.value" not in line
+    loaded = AutoModel.from_pretrained(tmp_path / "checkpoint-30")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, run.distiller.student.state_dict()[name]), name
+
+
+def test_what_the_objective_cannot_reach_is_frozen_only_while_it_trains(tmp_path: Path) -> None:
+    run = headless(tmp_path, max_steps=3, weight_decay=0.1)
+    start = {name: value.clone() for name, value in run.distiller.student.state_dict().items()}
+    trainable: list[set[str]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            parameters = run.distiller.student.named_parameters()
+            trainable.append({name for name, parameter in parameters if parameter.requires_grad})
+
+    run.add_callback(Watch())
+    run.train()
+    assert all(parameter.requires_grad for parameter in run.distiller.student.parameters())
+    assert trainable[0] == trainable[2]
+    for name, value in run.distiller.student.named_parameters():
+        assert torch.equal(value, start[name]) == (name not in trainable[0]), name
+
+
+def test_frozen_parameters_are_restored_after_an_interruption(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    run = headless(tmp_path)
+    run.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert all(parameter.requires_grad for parameter in run.distiller.student.parameters())
+
+
+def test_headless_resume_and_accumulation_are_exact(tmp_path: Path) -> None:
+    whole = headless(tmp_path / "whole")
+    whole.train()
+    first = headless(tmp_path / "parts", save_strategy="steps", save_steps=4)
+    first.add_callback(StopAt(4))
+    first.train()
+    second = headless(tmp_path / "parts", save_strategy="steps", save_steps=4)
+    second.train(resume_from_checkpoint=True)
+    assert_same_bits(weights(second), weights(whole))
+    # Not Adam: it blows up the rounding of gradients that are zero, a key's bias for instance.
+    options: dict[str, Any] = {"max_steps": 5, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0}
+    large = headless(tmp_path / "large", rows=20, **options)
+    start = weights(large)
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    accumulated = headless(tmp_path / "accumulated", rows=20, **options, **split)
+    large.train()
+    accumulated.train()
+    assert_different(weights(large), start)
+    for name, value in weights(large).items():
+        torch.testing.assert_close(weights(accumulated)[name], value, rtol=1e-4, atol=2e-6)
 
 
 # --------------------------------------------------------------------------- optimizers

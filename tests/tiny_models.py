@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -32,6 +33,26 @@ def tiny_bert(seed: int = 0, num_labels: int = 2, dropout: float = 0.0, layers: 
         "num_labels": num_labels,
     }
     return BertForSequenceClassification(BertConfig(**options))
+
+
+class MatchSignal(nn.Module):
+    """A term of an objective: squared distance between one signal of the student and one of the teacher."""
+
+    def __init__(self, signal: str = "values@-1", teacher_signal: str | None = None, name: str = "match") -> None:
+        super().__init__()
+        self.name, self.weight = name, 1.0
+        self.signal, self.teacher_signal = signal, teacher_signal or signal
+        self.student_signals = frozenset({self.signal})
+        self.teacher_signals = frozenset({self.teacher_signal})
+
+    def count_items(self, batch: Any) -> Any:
+        """Tokens that are not padding."""
+        return batch["attention_mask"].sum()
+
+    def forward(self, student: Any, teacher: Any, batch: Any, num_items: Any = None) -> Any:
+        distance = student[self.signal] - teacher[self.teacher_signal]  # [B, H, N, d] or [B, N, D]
+        mask = batch["attention_mask"].view(len(distance), *[1] * (distance.dim() - 3), -1, 1)
+        return (distance * mask).square().sum() / (mask.sum() if num_items is None else num_items)
 
 
 def tiny_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
