@@ -24,12 +24,11 @@ from pydistill.data.corpus import (
     CorpusError,
     CorpusSection,
     PackedCollator,
-    block_mask,
-    check_packing,
-    first_position,
     load_corpus,
 )
 from pydistill.distiller import Distiller
+from pydistill.packing import block_mask, check_packing, first_position
+from pydistill.teachers import OnlineTeacher
 from pydistill.trainer import DistillationTrainer
 
 
@@ -192,11 +191,7 @@ def test_training_resumed_in_mid_pass_is_bit_identical(tmp_path: Path, packing: 
 
     def trainer(name: str, rows: Any, *callbacks: Any) -> DistillationTrainer:
         def collate(batch: list[Any]) -> dict[str, Tensor]:
-            made = PackedCollator(0)(batch) if packing == "packed" else tiny_collator(batch)
-            segments = made.pop("segment_ids", None)
-            if segments is not None:
-                made["attention_mask"] = block_mask(segments)
-            return made
+            return PackedCollator(0)(batch) if packing == "packed" else tiny_collator(batch)
 
         arguments = TrainingArguments(
             str(tmp_path / name),
@@ -305,6 +300,37 @@ def test_a_packed_row_gives_the_hidden_states_of_its_texts(kind: str) -> None:
     # Without the block mask the texts see each other: the comparison above can fail.
     assert not torch.allclose(plain[real], torch.cat(alone), atol=1e-2)
     check_packing(model)
+
+
+def test_teacher_and_student_read_packed_rows_of_a_batch() -> None:
+    texts = tiny_sentences(6)
+    rows = list(corpus(texts, packing="packed", max_length=24, shuffle_buffer=1))
+    batch = PackedCollator(0)(rows)
+    assert len(rows) < 6
+    single = tiny_collator([{"input_ids": row} for row in tiny_tokenizer()(texts)["input_ids"]])
+    teacher = OnlineTeacher(tiny_bert(layers=2))
+    names = frozenset({"queries@-1", "hidden_states@0"})
+    packed, plain = teacher.signals(batch, names), teacher.signals(single, names)
+    for name in names:
+        # [B, N, ...] with the tokens in front; queries are [B, H, N, d].
+        found, expected = (
+            (side[name].transpose(1, 2) if name.startswith("queries") else side[name]) for side in (packed, plain)
+        )
+        by_text = {
+            tuple(row[keep].tolist()): out[keep]
+            for row, keep, out in zip(single["input_ids"], single["attention_mask"].bool(), expected, strict=True)
+        }
+        for row, segments, out in zip(batch["input_ids"], batch["segment_ids"], found, strict=True):
+            for number in range(1, int(segments.max()) + 1):
+                keep = segments == number
+                torch.testing.assert_close(out[keep], by_text[tuple(row[keep].tolist())], atol=1e-5, rtol=0)
+    distiller = Distiller(tiny_bert(seed=3), teacher, SoftTarget())
+    masks: list[Tensor] = []
+    distiller.student.register_forward_pre_hook(
+        lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True
+    )
+    distiller(**batch).loss.backward()
+    assert torch.equal(masks[0], block_mask(batch["segment_ids"]))
 
 
 def test_models_that_cannot_read_packed_rows_are_refused() -> None:

@@ -8,17 +8,18 @@ import glob
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from datasets import load_dataset
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pydistill.config import ConfigError, OneOrMore, Section, UserError, resolve_path
+from pydistill.packing import SEGMENTS
 
 Row = dict[str, list[int]]
 
@@ -306,7 +307,7 @@ def _pack(documents: Iterable[Sequence[int]], width: int) -> Iterator[Row]:
 def _packed_row(documents: Sequence[Sequence[int]]) -> Row:
     return {
         "input_ids": [token for document in documents for token in document],
-        "segment_ids": [number for number, document in enumerate(documents, 1) for _ in document],
+        SEGMENTS: [number for number, document in enumerate(documents, 1) for _ in document],
         "position_ids": [position for document in documents for position in range(len(document))],
     }
 
@@ -314,12 +315,12 @@ def _packed_row(documents: Sequence[Sequence[int]]) -> Row:
 class PackedCollator:
     """Packed rows -> ``input_ids``, ``attention_mask``, ``segment_ids`` and ``position_ids``, all ``[B, N]``.
 
-    Padding is on the right: segment 0, attention mask 0, a valid position. The models need :func:`block_mask` of the
-    segments in the place of the attention mask.
+    Padding is on the right: segment 0, attention mask 0, a valid position. The models need the block mask of
+    :mod:`pydistill.packing` in the place of the attention mask, which `Distiller` gives them.
 
     Args:
         pad_token_id: the tokenizer's.
-        first_position: of a text's first token, see :func:`first_position`.
+        first_position: of a text's first token, see :func:`pydistill.packing.first_position`.
         pad_to_multiple_of: round N up.
     """
 
@@ -332,70 +333,10 @@ class PackedCollator:
         multiple = self.pad_to_multiple_of
         width = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
         batch: dict[str, Tensor] = {}
-        for name, fill in (("input_ids", self.pad_token_id), ("segment_ids", 0), ("position_ids", 0)):
+        for name, fill in (("input_ids", self.pad_token_id), (SEGMENTS, 0), ("position_ids", 0)):
             batch[name] = torch.full((len(rows), width), fill)
             for line, row in zip(batch[name], rows, strict=True):
                 line[: len(row[name])] = torch.as_tensor(row[name])
         batch["position_ids"] += self.first_position
-        batch["attention_mask"] = (batch["segment_ids"] > 0).long()
+        batch["attention_mask"] = (batch[SEGMENTS] > 0).long()
         return batch
-
-
-def block_mask(segment_ids: Tensor) -> Tensor:
-    """Return the attention mask of packed rows: ``[B, N]`` segments -> bool ``[B, 1, N, N]``, True where allowed.
-
-    A token sees the tokens of its own text. Padding sees padding, so that no row of a softmax is empty; nothing else
-    sees it.
-    """
-    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-
-
-def first_position(model: nn.Module) -> int:
-    """Return the position id of a text's first token: RoBERTa and its kin count from behind their padding row."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
-
-
-@torch.no_grad()
-def check_packing(model: PreTrainedModel) -> None:
-    """Refuse a model that does not keep the texts of a packed row apart, by running one.
-
-    Raises:
-        ValueError: the model's attention is not PyTorch's (a boolean block mask means nothing to others), some of its
-            layers look only at a window, or a packed row gives other hidden states than its texts one by one.
-    """
-    name, implementation = type(model).__name__, model.config._attn_implementation
-    if implementation != "sdpa":
-        _refuse(name, f"its attention is {implementation!r}; load it with attn_implementation='sdpa'")
-    if any("sliding" in kind for kind in getattr(model.config, "layer_types", None) or ()):
-        _refuse(name, "some of its layers attend within a window, which a block mask would replace")
-    # RoBERTa gives its padding token no position of its own.
-    ids = [token for token in range(model.config.vocab_size) if token != model.config.pad_token_id]
-    texts = [ids[:5], ids[3:0:-1]]
-    batch = PackedCollator(0, first_position(model))([_packed_row(texts)])
-    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    inputs["attention_mask"] = block_mask(batch["segment_ids"])
-    training, device = model.training, model.device
-    model.eval()
-    try:
-        joined = _hidden(model, {key: value.to(device) for key, value in inputs.items()})
-        alone = [_hidden(model, {"input_ids": torch.tensor([text], device=device)}) for text in texts]
-    except (TypeError, ValueError, RuntimeError) as error:
-        _refuse(name, f"it cannot run one: {str(error).splitlines()[0]}")
-    finally:
-        model.train(training)
-    expected = torch.cat(alone, dim=1)
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
-    if not torch.allclose(joined, expected, atol=tolerance * float(expected.abs().max()), rtol=0):
-        _refuse(name, "its hidden states differ from those of the texts one by one")
-
-
-def _hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    base: Any = model.base_model
-    return base(**inputs).last_hidden_state
-
-
-def _refuse(name: str, reason: str) -> NoReturn:
-    raise ValueError(f"packing: {name} cannot read packed rows: {reason}; or set corpus.packing to truncate")
