@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from pydistill.config import UserError, known_keys, load_section, parse_overrides
+from pydistill.config import UserError, find_recipe, known_keys, load_section, parse_overrides, read_yaml, schema_of
 
 WELCOME = """\
 pydistill: distil a Transformer into a small, fast student.
@@ -36,7 +36,7 @@ usage: pydistill {command} RECIPE_OR_YAML [--key value ...] [--resume | --overwr
   --key value ...    override one key, e.g. --train.learning_rate 1e-3 --seeds 1 2 3 --teacher.fine_tune null
   --resume           continue the run in the output folder; what is finished is kept
   --overwrite        replace the run in the output folder
-  --keys             list the known keys and stop
+  --keys             list the recipe's keys and stop
 
 A train block is transformers.TrainingArguments: every name of it works as --train.NAME.
 """
@@ -110,7 +110,9 @@ def _run_words(words: list[str], command: str) -> tuple[str, dict[str, object], 
             raise UserError(f"{command}: name a recipe or a yaml file, e.g. pydistill {command} bilstm-demo")
         return None
     if "--keys" in words:
-        print("\n".join(known_keys()))
+        named = [word for word in words if not word.startswith("-")]
+        recipe = read_yaml(find_recipe(named[0])).get("recipe") if named else None
+        print("\n".join(known_keys(schema_of(recipe))))
         return None
     if words[0].startswith("-"):
         raise UserError(f"{command}: the recipe or yaml file comes first, got {words[0]!r}")

@@ -13,6 +13,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -191,12 +192,17 @@ class OptimizerSection(Section):
     eps: float | None = Field(None, gt=0, description="absent: the optimizer's own default")
 
 
-class RunConfig(Section):
-    """Everything that decides what a run does. ``pydistill plan`` prints it; a finished run saves it whole."""
+class BaseRun(Section):
+    """Everything that decides what a run does; each recipe adds its own. A finished run saves it whole."""
 
     recipe: str
     description: str = ""
     output: str
+
+
+class RunConfig(BaseRun):
+    """The recipe ``bilstm``."""
+
     seeds: Annotated[OneOrMore[int], Field(min_length=1)] = [1]
     arms: Annotated[OneOrMore[Arm], Field(min_length=1)] = list(ARMS)
     data: DataConfig
@@ -391,9 +397,22 @@ def find_recipe(name: str | Path) -> Path:
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read the configuration of a run, see :func:`load_section`."""
-    return load_section(RunConfig, path, overrides)
+# The recipes whose configuration is not RunConfig, and where theirs is; imported when it is needed.
+SCHEMAS = {"minilm": "pydistill.recipes.minilm:MiniLMConfig"}
+
+
+def schema_of(recipe: Any) -> type[BaseRun]:
+    """Return the class that checks the configuration of ``recipe``."""
+    if recipe not in SCHEMAS:
+        return RunConfig
+    module, _, name = SCHEMAS[recipe].partition(":")
+    return getattr(import_module(module), name)
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> BaseRun:
+    """Read the configuration of a run as its recipe's class, see :func:`load_section`."""
+    content = read_yaml(path) if path is not None else {}
+    return load_section(schema_of((overrides or {}).get("recipe", content.get("recipe"))), path, overrides)
 
 
 def load_section(schema: type[AnySection], path: Path | None, overrides: Mapping[str, Any] | None = None) -> AnySection:

@@ -233,8 +233,11 @@ class Corpus(IterableDataset):
         return stream
 
     def first_texts(self, count: int) -> list[str]:
-        """Return the first ``count`` texts of this part of the corpus, unshuffled."""
-        return list(itertools.islice(self._part(), count))
+        """Return the first ``count`` texts of this part of the corpus, unshuffled; none at all is an error."""
+        found = list(itertools.islice(self._part(), count))
+        if not found:
+            raise self._no_text()
+        return found
 
     def __iter__(self) -> Iterator[Row]:
         workers = get_worker_info()
@@ -260,8 +263,11 @@ class Corpus(IterableDataset):
                 empty = False
                 yield row
             if empty:
-                kind = "held out" if self.held_out else "left for training"
-                raise CorpusError(f"corpus: no text is {kind} with held_out {self.every}; give more texts")
+                raise self._no_text()
+
+    def _no_text(self) -> CorpusError:
+        kind = "held out" if self.held_out else "left for training"
+        return CorpusError(f"corpus: no text is {kind} with held_out {self.every}; give more texts")
 
     def _part(self) -> Iterator[str]:
         for number, text in enumerate(self.texts, 1):
