@@ -148,6 +148,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         assert again["models"][1][key] == whole["models"][1][key]
 
 
+def test_the_teacher_s_layer_is_the_one_that_is_read(shared: Path, tmp_path: Path) -> None:
+    # A copy of the first two layers has the second layer's relations, exactly; it has not those of the last.
+    more = {"student__hidden_size": 32, "student__initialization": "layers", "train__max_steps": 1}
+    second = start(shared, tmp_path / "second", teacher__layer=1, **more)["models"][0]
+    last = start(shared, tmp_path / "last", student__copy_layers=[0, 1], **more)["models"][0]
+    assert second["loss_before"] < 1e-6 < 1e-2 < last["loss_before"]
+
+
 def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
     config = load_config(None, settings(shared, tmp_path / "run"))
     text = str(pydistill.plan(config))
