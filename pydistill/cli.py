@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from pydistill.config import UserError, known_keys, parse_overrides
+from pydistill.config import UserError, find_recipe, known_keys, load_section, parse_overrides, read_yaml, schema_of
 
 WELCOME = """\
 pydistill: distil a Transformer into a small, fast student.
@@ -20,6 +20,7 @@ pydistill: distil a Transformer into a small, fast student.
   pydistill plan RECIPE [--key value]    what that run would do; refuses what cannot work
   pydistill recipes                      the built-in recipes
   pydistill predict FOLDER "text" ...    try a finished model
+  pydistill evaluate TASKS --model FOLDER    fine-tune and score an encoder on labelled tasks, over several seeds
   pydistill report FOLDER                draw the report of a finished run again
   pydistill augment IN OUT --text-columns sentence    write synthetic sentences
   pydistill bench soft_target            time the kernels against eager and compiled PyTorch
@@ -35,9 +36,26 @@ usage: pydistill {command} RECIPE_OR_YAML [--key value ...] [--resume | --overwr
   --key value ...    override one key, e.g. --train.learning_rate 1e-3 --seeds 1 2 3 --teacher.fine_tune null
   --resume           continue the run in the output folder; what is finished is kept
   --overwrite        replace the run in the output folder
-  --keys             list the known keys and stop
+  --keys             list the recipe's keys and stop
 
 A train block is transformers.TrainingArguments: every name of it works as --train.NAME.
+"""
+
+EVALUATE_HELP = """\
+usage: pydistill evaluate TASKS.yaml --model FOLDER ... --output FOLDER [--seeds 1 2 3] [--key value ...]
+
+  TASKS.yaml         the tasks; one of them, with everything that it can say:
+                       tasks:
+                         sst2:
+                           data: {train: sst2/train.tsv, dev: sst2/dev.tsv, max_train_rows: 8000}
+                           metric: accuracy        # f1, matthews, pearson, spearman, pearson_spearman
+                           train: {num_train_epochs: 3}
+                       train: {learning_rate: 5.0e-5}     # of all tasks
+  --model FOLDER     encoders: folders, hub names or package:NAME/FOLDER, one or several
+  --key value ...    override one key, e.g. --tasks.sst2.data.max_train_rows 100 --train.learning_rate 1e-4
+  --keys             list the known keys and stop
+
+A train block is transformers.TrainingArguments. What is finished in the output folder is not done again.
 """
 
 
@@ -92,7 +110,9 @@ def _run_words(words: list[str], command: str) -> tuple[str, dict[str, object], 
             raise UserError(f"{command}: name a recipe or a yaml file, e.g. pydistill {command} bilstm-demo")
         return None
     if "--keys" in words:
-        print("\n".join(known_keys()))
+        named = [word for word in words if not word.startswith("-")]
+        recipe = read_yaml(find_recipe(named[0])).get("recipe") if named else None
+        print("\n".join(known_keys(schema_of(recipe))))
         return None
     if words[0].startswith("-"):
         raise UserError(f"{command}: the recipe or yaml file comes first, got {words[0]!r}")
@@ -226,6 +246,24 @@ def predict_command(words: list[str]) -> int:
     return 0
 
 
+def evaluate_command(words: list[str]) -> int:
+    """``pydistill evaluate``: fine-tune and score encoders on tasks."""
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(EVALUATE_HELP, end="")
+        if not words:
+            raise UserError("evaluate: name a yaml file with tasks")
+        return 0
+    from pydistill.evaluate import EvaluateConfig, evaluate
+
+    if "--keys" in words:
+        print("\n".join(known_keys(EvaluateConfig)))
+        return 0
+    if words[0].startswith("-"):
+        raise UserError(f"evaluate: the yaml file with the tasks comes first, got {words[0]!r}")
+    evaluate(load_section(EvaluateConfig, Path(words[0]).expanduser(), parse_overrides(words[1:])))
+    return 0
+
+
 def _rows(texts: list[str], pair: bool) -> list[tuple[str, ...]]:
     if not texts or texts == ["-"]:
         lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -273,6 +311,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": bench_command,
     "augment": augment_command,
     "predict": predict_command,
+    "evaluate": evaluate_command,
     "report": report_command,
 }
 

@@ -13,8 +13,9 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -70,6 +71,10 @@ class Section(BaseModel):
     """A block of the configuration; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    def to_yaml(self) -> str:
+        """Return the complete configuration as yaml that the loader reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 class DataConfig(Section):
@@ -187,12 +192,17 @@ class OptimizerSection(Section):
     eps: float | None = Field(None, gt=0, description="absent: the optimizer's own default")
 
 
-class RunConfig(Section):
-    """Everything that decides what a run does. ``pydistill plan`` prints it; a finished run saves it whole."""
+class BaseRun(Section):
+    """Everything that decides what a run does; each recipe adds its own. A finished run saves it whole."""
 
     recipe: str
     description: str = ""
     output: str
+
+
+class RunConfig(BaseRun):
+    """The recipe ``bilstm``."""
+
     seeds: Annotated[OneOrMore[int], Field(min_length=1)] = [1]
     arms: Annotated[OneOrMore[Arm], Field(min_length=1)] = list(ARMS)
     data: DataConfig
@@ -224,10 +234,6 @@ class RunConfig(Section):
     @classmethod
     def _known_arm_arguments(cls, value: dict[Arm, dict[str, Any]]) -> dict[Arm, dict[str, Any]]:
         return {arm: training_arguments(block, prefix=f"{arm}.") for arm, block in value.items()}
-
-    def to_yaml(self) -> str:
-        """Return the complete configuration as yaml that :func:`load_config` reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 @functools.cache
@@ -282,12 +288,21 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
     """Return the dotted name of every key of the configuration, the ``train`` blocks as one key each."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            keys += known_keys(annotation, f"{prefix}{name}.")
+        section, named = _section_of(field.annotation)
+        if section is not None:
+            keys += known_keys(section, f"{prefix}{name}.NAME." if named else f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def _section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """Return the section that a key holds, if it holds one (or may be None), and whether it holds several by name."""
+    members = [member for member in get_args(annotation) or (annotation,) if member is not type(None)]
+    section = members[-1]
+    if isinstance(section, type) and issubclass(section, Section):
+        return section, get_origin(annotation) is dict
+    return None, False
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -379,7 +394,28 @@ def find_recipe(name: str | Path) -> Path:
     raise ConfigError(f"{name}: is neither a recipe nor a yaml file; {hint}the recipes are: {', '.join(builtin)}")
 
 
-def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+# The recipes whose configuration is not RunConfig, and where theirs is; imported when it is needed.
+SCHEMAS = {"minilm": "pydistill.recipes.minilm:MiniLMConfig"}
+
+
+def schema_of(recipe: Any) -> type[BaseRun]:
+    """Return the class that checks the configuration of ``recipe``."""
+    if recipe not in SCHEMAS:
+        return RunConfig
+    module, _, name = SCHEMAS[recipe].partition(":")
+    return getattr(import_module(module), name)
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> BaseRun:
+    """Read the configuration of a run as its recipe's class, see :func:`load_section`."""
+    content = read_yaml(path) if path is not None else {}
+    return load_section(schema_of((overrides or {}).get("recipe", content.get("recipe"))), path, overrides)
+
+
+def load_section(schema: type[AnySection], path: Path | None, overrides: Mapping[str, Any] | None = None) -> AnySection:
     """Read ``path``, lay ``overrides`` (dotted keys) over it and validate.
 
     Raises:
@@ -390,9 +426,9 @@ def load_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     for key, value in overrides.items():
         _assign(content, key, value)
     try:
-        return RunConfig.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        lines = [_describe(detail, path, overrides) for detail in error.errors()]
+        lines = [_describe(detail, schema, path, overrides) for detail in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -410,7 +446,7 @@ def _assign(content: dict[str, Any], dotted: str, value: Any) -> None:
     block[last] = value
 
 
-def _describe(detail: Any, path: Path | None, overrides: Mapping[str, Any]) -> str:
+def _describe(detail: Any, schema: type[Section], path: Path | None, overrides: Mapping[str, Any]) -> str:
     location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
     context = detail.get("ctx") or {}
     value = detail["input"]
@@ -425,13 +461,15 @@ def _describe(detail: Any, path: Path | None, overrides: Mapping[str, Any]) -> s
     if from_command_line and detail["type"] != "missing":
         key = f"--{key}"
     if detail["type"] == "missing":
-        section = RunConfig.model_fields[key].annotation if key in RunConfig.model_fields else None
-        if isinstance(section, type) and issubclass(section, Section):
-            inner = [f"{key}.{name}" for name, field in section.model_fields.items() if field.is_required()]
+        section, named = (
+            _section_of(schema.model_fields[key].annotation) if key in schema.model_fields else (None, False)
+        )
+        if section is not None and not named:
+            inner = [f"{key}.{name}" for name, one in section.model_fields.items() if one.is_required()]
             key = ", ".join(inner)
         return f"{origin}: {key}: is required and not given; add it to the yaml or as --{key} VALUE"
     if detail["type"] == "extra_forbidden" or context.get("unknown"):
-        near = context.get("near") or _near_keys(".".join(location))
+        near = context.get("near") or _near_keys(".".join(location), schema)
         if context.get("unknown"):
             stem = ".".join(location[:-1] + context["key"].split(".")[:-1])
             near = [f"{stem}.{name}" for name in near]
@@ -447,8 +485,8 @@ def _known_prefix(location: list[str]) -> list[str]:
     return [part for position, part in enumerate(location) if not (position and part in names)]
 
 
-def _near_keys(key: str) -> list[str]:
-    keys = known_keys()
+def _near_keys(key: str, schema: type[Section]) -> list[str]:
+    keys = known_keys(schema)
     near = near_matches(key, keys)
     last = key.rsplit(".", 1)[-1]
     near += [known for known in keys if known.rsplit(".", 1)[-1] == last and known not in near]

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from pydistill.capture import LOGITS, Capture, capture, freeze_unreachable
 from pydistill.objective import Objective
+from pydistill.packing import SEGMENTS, model_inputs
 from pydistill.teachers import TEACHER_PREFIX, OnlineTeacher, Teacher, input_names
 
 
@@ -88,9 +89,9 @@ class Distiller(nn.Module):
 
     @property
     def batch_keys(self) -> frozenset[str]:
-        """Every key that `forward` has a use for: inputs of the student, of the teacher, and ``labels``."""
+        """Every key that `forward` has a use for: inputs of either model, ``labels``, and ``segment_ids``."""
         teacher = self.teacher.batch_keys if self.teacher is not None and self.needs_teacher else frozenset[str]()
-        return self.student_inputs | teacher | {"labels"}
+        return self.student_inputs | teacher | {"labels", SEGMENTS}
 
     def forward(
         self,
@@ -107,7 +108,8 @@ class Distiller(nn.Module):
             student_only: run the student alone; the loss is then the student's own, for evaluation.
             **batch: student inputs under their own names. Teacher inputs are the keys ``teacher_<input>`` where there
                 are any (a teacher with its own tokenizer), otherwise the student's; recorded teacher logits are
-                ``teacher_logits [B, C]``.
+                ``teacher_logits [B, C]``. With ``segment_ids [B, N]`` (packed rows, see `pydistill.packing`) both
+                models get the block mask of the segments as their attention mask; the terms see the batch as it is.
 
         Returns:
             `DistillerOutput`.
@@ -155,7 +157,7 @@ class Distiller(nn.Module):
         self.student.activation_checkpointing_enable(**options)
 
     def _student_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in batch.items() if name in self.student_inputs}
+        return model_inputs({name: value for name, value in batch.items() if name in self.student_inputs}, batch)
 
     def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
         unknown = batch.keys() - self.batch_keys

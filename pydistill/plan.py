@@ -25,8 +25,16 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from pydistill import _dispatch
-from pydistill.config import ConfigError, RunConfig, UserError, find_recipe, load_config, package_of, resolve_path
-from pydistill.data.tasks import DataError, Task, load_task
+from pydistill.config import (
+    BaseRun,
+    RunConfig,
+    UserError,
+    find_recipe,
+    load_config,
+    package_of,
+    resolve_path,
+)
+from pydistill.data.tasks import Task, load_task
 from pydistill.inference import class_names
 
 # Keys that may differ when a run is continued: they add results beside the finished ones or only move work around.
@@ -53,21 +61,17 @@ class PlanError(UserError):
 
 
 @dataclass
-class Plan:
-    """A run that can start: its configuration, its rows, and what a reader should know beforehand.
+class PlanBase:
+    """A run that can start: its configuration, and what a reader should know beforehand.
 
     ``print(plan)`` shows the table.
     """
 
-    config: RunConfig
-    task: Task
-    teacher: str
-    tokenizer: PreTrainedTokenizerBase
+    config: BaseRun
     output: Path
-    dtype: torch.dtype = torch.float32
-    resume: bool = False
-    overwrite: bool = False
-    sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    resume: bool = field(default=False, kw_only=True)
+    overwrite: bool = field(default=False, kw_only=True)
+    sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict, kw_only=True)
 
     def add(self, section: str, name: str, value: object) -> None:
         """Add one line to the table."""
@@ -82,14 +86,25 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass
+class Plan(PlanBase):
+    """Of the recipe ``bilstm``: its rows and its teacher."""
+
+    config: RunConfig
+    task: Task
+    teacher: str
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype = torch.float32
+
+
 def plan(
-    source: RunConfig | str | Path,
+    source: BaseRun | str | Path,
     overrides: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = True,
-) -> Plan:
+) -> PlanBase:
     """Check everything that can be checked without working, and say what the run will do.
 
     Args:
@@ -97,53 +112,63 @@ def plan(
         overrides: dotted keys and values laid over a name or file.
         resume: continue the run that the output folder holds; finished stages are kept.
         overwrite: replace the run that the output folder holds.
-        dry_run: time the teacher on a few rows of dev, and compare a fine-tuned teacher's answers with the labels.
+        dry_run: time the models on a few rows; in ``bilstm``, compare a fine-tuned teacher's answers with the labels.
 
     Raises:
         PlanError: listing every reason: unreadable, empty or unlabelled data, missing columns, labels or label order
             that differ between teacher and data, sequence lengths over the model's limit, missing packages or files,
             training arguments that contradict each other, an output folder that holds another run.
     """
-    config = source if isinstance(source, RunConfig) else load_config(find_recipe(source), overrides)
+    from pydistill.recipes import planner
+
+    config = source if isinstance(source, BaseRun) else load_config(find_recipe(source), overrides)
+    return planner(config)(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+
+def plan_bilstm(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> Plan:
+    """See :func:`plan`, for the recipe ``bilstm``."""
     problems: list[str] = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("this recipe is one process: start it without torchrun or accelerate launch")
     output = Path(config.output).expanduser()
-    _collect(problems, check_output, config, output, resume, overwrite)
+    collect(problems, check_output, config, output, resume, overwrite, sources_of(config))
     check_packages(config)  # first and alone: what is read from them would only fail in its turn
-    task = _collect(problems, load_task, config.data)
+    task = collect(problems, load_task, config.data)
     if task is not None and resume:
-        _collect(problems, check_same_rows, task, output)
-    teacher = _collect(problems, resolve_model, config.teacher.model, "teacher.model")
-    _collect(problems, check_vectors, config)
+        collect(problems, check_same_rows, task, output)
+    teacher = collect(problems, resolve_model, config.teacher.model, "teacher.model")
+    collect(problems, check_vectors, config)
     problems += check_training_arguments(config)
 
     tokenizer = None
     if teacher is not None:
-        model_config = _collect(problems, load_model_config, teacher)
+        model_config = collect(problems, load_model_config, teacher)
         if model_config is not None:
-            tokenizer = _collect(problems, load_tokenizer, config, teacher)
+            tokenizer = collect(problems, load_tokenizer, config.teacher.tokenizer, teacher)
             problems += check_teacher(config, model_config, tokenizer, task)
     if problems or task is None or teacher is None or tokenizer is None:
         raise PlanError("\n".join(problems))
 
-    result = Plan(config, task, teacher, tokenizer, output, teacher_dtype(config), resume, overwrite)
+    dtype = teacher_dtype(config.teacher.dtype)
+    result = Plan(config, output, task, teacher, tokenizer, dtype, resume=resume, overwrite=overwrite)
     _describe(result)
     if dry_run:
         _dry_run(result)
     return result
 
 
-def _collect(problems: list[str], check: Any, *arguments: Any) -> Any:
+def collect(problems: list[str], check: Any, *arguments: Any) -> Any:
     """Run one check; what it refuses joins the list, so that all problems are reported at once."""
     try:
         return check(*arguments)
-    except (DataError, ConfigError, PlanError) as error:
+    except UserError as error:
         problems.append(str(error))
         return None
 
 
-def check_output(config: RunConfig, output: Path, resume: bool, overwrite: bool) -> None:
+def check_output(
+    config: BaseRun, output: Path, resume: bool, overwrite: bool, sources: Mapping[str, str | None]
+) -> None:
     """Refuse a folder that holds something else, and a continuation whose finished stages would not fit."""
     if output.exists() and not output.is_dir():
         raise PlanError(f"output: {output} is a file; name a folder")
@@ -160,7 +185,7 @@ def check_output(config: RunConfig, output: Path, resume: bool, overwrite: bool)
     if not is_run:
         raise PlanError(f"output: {output / CONFIG_FILE} is not the configuration of a run; choose another folder")
     if overwrite:
-        check_sources_survive(config, output)
+        check_sources_survive(sources, output)
         return
     if not resume:
         raise PlanError(f"output: {output} already holds a run; add --resume or --overwrite, or choose another folder")
@@ -177,10 +202,10 @@ def check_output(config: RunConfig, output: Path, resume: bool, overwrite: bool)
         )
 
 
-def check_sources_survive(config: RunConfig, output: Path) -> None:
-    """Refuse to replace a run that the new one reads from: its files would be gone before they are needed."""
+def sources_of(config: RunConfig) -> dict[str, str | None]:
+    """Return the files and folders that a run reads, by key."""
     data, teacher = config.data, config.teacher
-    sources = {
+    return {
         "data.train": data.train,
         "data.dev": data.dev,
         "data.test": data.test,
@@ -189,6 +214,10 @@ def check_sources_survive(config: RunConfig, output: Path) -> None:
         "teacher.logits_folder": teacher.logits_folder,
         "student.vectors": config.student.vectors,
     }
+
+
+def check_sources_survive(sources: Mapping[str, str | None], output: Path) -> None:
+    """Refuse to replace a run that the new one reads from: its files would be gone before they are needed."""
     for key, source in sources.items():
         if source is not None and Path(source).expanduser().absolute().is_relative_to(output.absolute()):
             raise PlanError(
@@ -242,9 +271,8 @@ def load_model_config(model: str) -> PretrainedConfig:
         raise PlanError(f"teacher.model: {model}: {_first_line(error)}") from None
 
 
-def load_tokenizer(config: RunConfig, model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | None, model: str) -> PreTrainedTokenizerBase:
     """Load the teacher's tokenizer, from its own folder or from ``teacher.tokenizer``."""
-    source = config.teacher.tokenizer
     try:
         return AutoTokenizer.from_pretrained(resolve_path(source) if source else model)
     except (OSError, ValueError) as error:
@@ -257,10 +285,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def teacher_dtype(config: RunConfig) -> torch.dtype:
+def teacher_dtype(name: str) -> torch.dtype:
     """Return the arithmetic of the teacher; ``auto`` is bfloat16 on a GPU or CPU with instructions for it."""
-    if config.teacher.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.teacher.dtype]
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Without such instructions bfloat16 is emulated, and several times slower than float32.
@@ -406,7 +434,7 @@ def check_vectors(config: RunConfig) -> None:
 
 
 def check_training_arguments(config: RunConfig) -> list[str]:
-    """Return what ``TrainingArguments`` itself refuses (strategies that do not fit together, missing back ends)."""
+    """Return what ``TrainingArguments`` refuses of every block of the run."""
     blocks = {"train": config.train}
     blocks |= {f"train_per_arm.{arm}": config.train | block for arm, block in config.train_per_arm.items()}
     if config.teacher.fine_tune is not None:
@@ -414,10 +442,16 @@ def check_training_arguments(config: RunConfig) -> list[str]:
     problems = []
     if config.patience is not None and config.train.get("eval_strategy", "no") == "no":
         problems.append("patience: counts evaluations, and train.eval_strategy is no; set it to epoch or steps")
+    return problems + refused_arguments(blocks)
+
+
+def refused_arguments(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what ``TrainingArguments`` itself refuses (strategies that do not fit together, missing back ends)."""
+    problems = []
     with tempfile.TemporaryDirectory() as folder:
         for key, block in blocks.items():
             try:
-                TrainingArguments(output_dir=folder, **({"use_cpu": not torch.cuda.is_available()} | block))
+                TrainingArguments(output_dir=folder, **({"use_cpu": not torch.cuda.is_available()} | dict(block)))
             except (ValueError, ImportError, RuntimeError) as error:
                 problems.append(f"{key}: {' '.join(str(error).split())}")
     return problems
@@ -567,7 +601,7 @@ def quiet() -> Iterator[None]:
 class _CallableModule(ModuleType):
     """This module, callable: importing it sets the package's attribute ``plan``, which is also the public function."""
 
-    def __call__(self, *arguments: Any, **options: Any) -> Plan:
+    def __call__(self, *arguments: Any, **options: Any) -> PlanBase:
         return plan(*arguments, **options)
 
 

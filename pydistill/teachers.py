@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pydistill.capture import LOGITS, Capture, capture
+from pydistill.packing import model_inputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,7 +105,7 @@ class OnlineTeacher:
         # Not inference_mode: a loss that autograd differentiates may save the teacher's tensors, and
         # inference tensors cannot be saved.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self._capture(names)(**inputs)
+            return self._capture(names)(**model_inputs(inputs, batch))
 
     def _capture(self, names: frozenset[str]) -> Capture:
         if names not in self._captures:

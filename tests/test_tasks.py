@@ -187,6 +187,18 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         load(train=str(tmp_path / "bad.jsonl"))
 
 
+def test_scores_are_numbers(tmp_path: Path) -> None:
+    rows = [("a", "4.250"), ("b", "0"), ("c", "-1"), ("d", "2.5")]
+    train = write(tmp_path, "train.tsv", rows, ("sentence", "score"))
+    task = load_task(DataConfig(train=train, label_column="score", dev_rows=1, split="last"), scores=True)
+    assert task.splits["train"]["labels"][:] == [4.25, 0.0, -1.0] and task.splits["dev"]["labels"][:] == [2.5]
+    assert task.label_names == () and task.splits["train"].features["labels"].dtype == "float32"
+    for bad in ("", "good", "nan"):
+        train = write(tmp_path, "bad.tsv", [*rows, ("e", bad)], ("sentence", "score"))
+        with pytest.raises(DataError, match=rf"bad.tsv: data.label_column: 1 rows of 'score' hold no score, .*'{bad}'"):
+            load_task(DataConfig(train=train, label_column="score", dev_rows=1), scores=True)
+
+
 DATA = Path(os.environ.get("PYDISTILL_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
 

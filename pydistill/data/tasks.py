@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
@@ -29,9 +30,10 @@ class Task:
     """Checked rows.
 
     Attributes:
-        splits: ``train``, ``dev`` and ``test``, each with the text columns and ``labels`` (a ``ClassLabel``).
+        splits: ``train``, ``dev`` and ``test``, each with the text columns and ``labels`` (a ``ClassLabel``, or
+            ``float32`` scores).
         text_columns: one name for single sentences, two for pairs.
-        label_names: the class names in the order of their ids.
+        label_names: the class names in the order of their ids; none for scores.
         notes: what a reader of the results should know (dropped rows, rows shared between splits, test being dev).
         named_labels: whether the names mean something; False when they are only the numbers 0..k-1 of the file.
         test_is_dev: no test rows were given, and ``test`` is ``dev`` again.
@@ -51,12 +53,17 @@ class Task:
         return len(self.text_columns) == 2
 
 
-def load_task(config: DataConfig) -> Task:
+def load_task(config: DataConfig, *, scores: bool = False) -> Task:
     """Read, filter, check and split the rows that ``config`` names.
+
+    Args:
+        config: sources, columns and splits.
+        scores: the labels are numbers to be predicted, not classes.
 
     Raises:
         DataError: unreadable or malformed files, missing columns, no rows left, labels that are unknown, unlabelled or
-            not classes, a split larger than the data. Every message names the source, the rule and the way out.
+            not classes (not numbers, for scores), a split larger than the data. Every message names the source, the
+            rule and the way out.
     """
     notes: list[str] = []
     frames: dict[str, pandas.DataFrame] = {}
@@ -66,10 +73,11 @@ def load_task(config: DataConfig) -> Task:
             frame, feature_names = _read(source, config, split)
             frames[split] = _checked(frame, source, config, notes, split)
             names = names or feature_names
-    label_names, named = _label_names(frames["train"][config.label_column], names, config)
+    label_names, named = ((), False) if scores else _label_names(frames["train"][config.label_column], names, config)
     for split, frame in frames.items():
-        source = getattr(config, split)
-        frame["labels"] = _label_ids(frame[config.label_column], label_names, source, config.labels is None)
+        source, labels = getattr(config, split), frame[config.label_column]
+        inferred = config.labels is None
+        frame["labels"] = _scores(labels, source) if scores else _label_ids(labels, label_names, source, inferred)
 
     # Test rows leave train first, so that a dev split added later never changes what is reported.
     if "test" not in frames and config.test_rows:
@@ -90,7 +98,7 @@ def load_task(config: DataConfig) -> Task:
 
     columns = [*config.text_columns, "labels"]
     features = Features({name: Value("string") for name in config.text_columns})
-    features["labels"] = ClassLabel(names=list(label_names))
+    features["labels"] = Value("float32") if scores else ClassLabel(names=list(label_names))
     splits = DatasetDict(
         {
             split: Dataset.from_pandas(frames[split][columns], features=features, preserve_index=False)
@@ -212,6 +220,17 @@ def _label_names(
     if len(found) < 2:
         raise DataError(f"{config.train}: data.label_column: needs at least two classes, found only {found}")
     return tuple(found), not plain
+
+
+def _scores(labels: pandas.Series, source: str) -> pandas.Series:
+    numbers = pandas.to_numeric(labels, errors="coerce")
+    unusable = ~np.isfinite(numbers)
+    if unusable.any():
+        raise DataError(
+            f"{source}: data.label_column: {int(unusable.sum())} rows of {labels.name!r} hold no score, such as "
+            f"{labels[unusable].iloc[0]!r}; remove them, or ask for a metric of classes"
+        )
+    return numbers
 
 
 def _is_number(value: Any) -> bool:

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pydistill.config import RECIPES_FOLDER, ConfigError, RunConfig, find_recipe, load_config, read_yaml
+from pydistill.config import RECIPES_FOLDER, BaseRun, ConfigError, find_recipe, load_config, read_yaml
 
 # recipe key of a yaml file -> module with run(plan) -> results
-MODULES = {"bilstm": "pydistill.recipes.bilstm"}
+MODULES = {"bilstm": "pydistill.recipes.bilstm", "minilm": "pydistill.recipes.minilm"}
+# and where plan(config, resume=, overwrite=, dry_run=) is
+PLANNERS = {"bilstm": "pydistill.plan:plan_bilstm", "minilm": "pydistill.recipes.minilm:plan_minilm"}
 
 
 def available() -> dict[str, str]:
@@ -20,8 +22,20 @@ def available() -> dict[str, str]:
     return {path.stem: read_yaml(path).get("description", "") for path in paths}
 
 
+def planner(config: BaseRun) -> Callable[..., Any]:
+    """Return the function that plans a run of ``config.recipe``.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    if config.recipe not in PLANNERS:
+        raise ConfigError(f"recipe: must be one of {', '.join(PLANNERS)}, got {config.recipe!r}")
+    module, _, name = PLANNERS[config.recipe].partition(":")
+    return getattr(import_module(module), name)
+
+
 def run(
-    source: RunConfig | str | Path,
+    source: BaseRun | str | Path,
     overrides: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
@@ -41,9 +55,7 @@ def run(
     """
     from pydistill.plan import plan
 
-    config = source if isinstance(source, RunConfig) else load_config(find_recipe(source), overrides)
-    if config.recipe not in MODULES:
-        raise ConfigError(f"recipe: must be one of {', '.join(MODULES)}, got {config.recipe!r}")
+    config = source if isinstance(source, BaseRun) else load_config(find_recipe(source), overrides)
     planned = plan(config, resume=resume, overwrite=overwrite)
     print(planned, flush=True)
     return import_module(MODULES[config.recipe]).run(planned)

@@ -8,12 +8,11 @@ on where it stopped: ``teacher/``, ``transfer/augmented/``, ``transfer/*-logits/
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -44,7 +39,9 @@ from pydistill.config import Arm, OptimizerSection
 from pydistill.data.augment import AugmentConfig, augment_dataset
 from pydistill.distiller import Distiller
 from pydistill.inference import predict_logits
-from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, duration, quiet
+from pydistill.metrics import classification_metrics
+from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, quiet
+from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
 from pydistill.report import (
     METRICS_FILE,
     REPORT_FILE,
@@ -58,13 +55,11 @@ from pydistill.report import (
 from pydistill.students.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from pydistill.students.words import build_word_tokenizer, word_vectors
 from pydistill.teachers import RecordedTeacher, label_transfer_set
-from pydistill.trainer import DistillationTrainer, OptimizerConfig, last_checkpoint
+from pydistill.trainer import DistillationTrainer, OptimizerConfig
 
 # What a run writes into its output folder; --overwrite removes these and nothing else.
-WORK = "work"
 OWN_ENTRIES = ("teacher", "transfer", "students", WORK, METRICS_FILE, REPORT_FILE, CONFIG_FILE, DATA_FILE)
 OWN_PICTURES = ("comparison.png", "curves.png")
-STAGE_FILE = "stage.json"
 MASK = AugmentConfig().mask_token
 # Rows that time a model, and how often: the best of the repeats is the least disturbed by other work on the machine.
 TIMED_ROWS = {"teacher": 200, "student": 1000}
@@ -78,7 +73,8 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def _run(plan: Plan) -> dict[str, Any]:
-    _open(plan)
+    open_output(plan, (*OWN_ENTRIES, *OWN_PICTURES))
+    write_text(plan.output / DATA_FILE, data_fingerprint(plan.task))
     stages = Stages(plan.output)
     teacher = _teacher(plan, stages)
     transfer = _transfer_set(plan, stages, teacher)
@@ -91,58 +87,6 @@ def _run(plan: Plan) -> dict[str, Any]:
     print(f"report:  {page}\nstudent: {plan.output / best_student(results)['folder']}")
     print(f"try it:  {predict_line(plan.output, results)}")
     return results
-
-
-def _open(plan: Plan) -> None:
-    """Make the output folder this run's own: empty it if told to, and say which configuration it belongs to."""
-    if plan.overwrite:
-        for name in (*OWN_ENTRIES, *OWN_PICTURES):
-            path = plan.output / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    plan.output.mkdir(parents=True, exist_ok=True)
-    write_text(plan.output / DATA_FILE, data_fingerprint(plan.task))
-    write_text(plan.output / CONFIG_FILE, plan.config.to_yaml())
-
-
-class Stages:
-    """Folders that are built once: under ``work/`` first, under their own name when complete."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.done: list[dict[str, Any]] = []
-
-    def build(self, name: str, make: Callable[[Path], int], what: str) -> Path:
-        """Return the folder ``name``; ``make(folder)`` fills it and returns how many rows or steps that took.
-
-        ``make`` may find its own earlier, interrupted work in ``self.scratch(name)``.
-        """
-        final = self.output / name
-        marker = final / STAGE_FILE
-        if marker.is_file():
-            record = json.loads(marker.read_text(encoding="utf-8"))
-            print(f"[{name}] kept from before", flush=True)
-        else:
-            print(f"[{name}] {what}", flush=True)
-            building = self.scratch(f"{name}.new")
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-            start = time.perf_counter()
-            rows = make(building)
-            record = {"name": name, "seconds": round(time.perf_counter() - start, 2), "rows": rows}
-            write_text(building / STAGE_FILE, json.dumps(record))
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(building, final)
-            shutil.rmtree(self.scratch(name), ignore_errors=True)
-            print(f"[{name}] {record['seconds']:.1f} s", flush=True)
-        self.done.append(record)
-        return final
-
-    def scratch(self, name: str) -> Path:
-        """Return the folder where the unfinished work of a stage lies."""
-        return self.output / WORK / name.replace("/", "-")
 
 
 @dataclass
@@ -202,8 +146,8 @@ def _fine_tune(plan: Plan, folder: Path, scratch: Path) -> int:
         data_collator=DataCollatorWithPadding(plan.tokenizer),
         compute_metrics=_compute_metrics,
     )
-    _attach_progress(trainer, config.metric)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(scratch))
+    attach_progress(trainer, config.metric)
+    trainer.train(resume_from_checkpoint=checkpoint_in(scratch))
     model.save_pretrained(folder)
     plan.tokenizer.save_pretrained(folder)
     return trainer.state.global_step
@@ -224,79 +168,6 @@ def _arguments(block: Mapping[str, Any], scratch: Path, seed: int, metric: str) 
         defaults |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "save_total_limit": 1}
     settings = defaults | dict(block)
     return TrainingArguments(output_dir=str(scratch), seed=seed, data_seed=seed, **settings)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    found = last_checkpoint(folder)
-    return None if found is None else str(found)
-
-
-class Progress(TrainerCallback):
-    """One line that is rewritten on a terminal, one line per evaluation elsewhere."""
-
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
-        self.loss = ""
-        self.score = ""
-        self.shown = time.monotonic()
-        self.started = (0, 0.0)  # step, time: a resumed training starts in the middle
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock of the time that is left."""
-        self.started = (state.global_step, time.monotonic())
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Take over the loss or the score and show it."""
-        logs = logs or {}
-        if "loss" in logs:
-            self.loss = f"  loss {logs['loss']:.4f}"
-        evaluated = f"eval_{self.metric}" in logs
-        if evaluated:
-            self.score = f"  dev {self.metric} {100 * logs[f'eval_{self.metric}']:.1f} %"
-        step, since = self.started
-        pace = (time.monotonic() - since) / max(1, state.global_step - step)
-        left = f"  {duration(pace * (state.max_steps - state.global_step))} left"
-        line = f"  step {state.global_step:,}/{state.max_steps:,}{self.loss}{self.score}{left}"
-        if sys.stdout.isatty():
-            print(f"\r{line}\x1b[K", end="", flush=True)
-        elif evaluated or time.monotonic() - self.shown > 30:
-            print(line, flush=True)
-            self.shown = time.monotonic()
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the last line standing."""
-        if sys.stdout.isatty():
-            print(flush=True)
-
-
-def _attach_progress(trainer: Trainer, metric: str) -> None:
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(metric))
-
-
-def classification_metrics(answers: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
-    """Accuracy, F1 (of class 1 for two classes, otherwise the mean over the classes) and Matthews correlation.
-
-    Args:
-        answers: predicted class ids ``[N]``.
-        labels: true class ids ``[N]``.
-        classes: how many classes there are.
-    """
-    table = np.zeros((classes, classes))  # [true, predicted]
-    np.add.at(table, (labels, answers), 1)
-    hits, true, predicted = np.diag(table), table.sum(1), table.sum(0)
-    total = table.sum()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        f1 = np.nan_to_num(2 * hits / (true + predicted))
-        spread = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
-        matthews = np.nan_to_num((hits.sum() * total - (true * predicted).sum()) / np.sqrt(spread))
-    return {
-        "accuracy": float(hits.sum() / total),
-        "f1": float(f1[1] if classes == 2 else f1.mean()),
-        "matthews": float(matthews),
-    }
 
 
 def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -492,9 +363,9 @@ def _train(
         optimizer=optimizer,
         callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
     )
-    _attach_progress(trainer, config.metric)
+    attach_progress(trainer, config.metric)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(scratch))
+    trainer.train(resume_from_checkpoint=checkpoint_in(scratch))
     seconds = time.perf_counter() - start
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

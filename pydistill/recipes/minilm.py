@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiniLM (arXiv 2002.10957) and MiniLMv2 (2012.15828): a small encoder learns its teacher's attention relations.
+
+One or two stages, each in a folder that appears under its name only when it is complete: ``assistant/`` (all layers, a
+small hidden size) learns from the teacher, ``student/`` from the assistant, or from the teacher where there is none. A
+run that was interrupted goes on where it stopped, in mid-pass over the corpus too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from pydantic import Field, field_validator
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from pydistill import AttentionRelation, _dispatch
+from pydistill.config import BaseRun, OneOrMore, Section, training_arguments
+from pydistill.data.corpus import Corpus, CorpusSection, PackedCollator, load_corpus
+from pydistill.distiller import Distiller
+from pydistill.packing import check_packing, first_position
+from pydistill.plan import (
+    CONFIG_FILE,
+    DATA_FILE,
+    PlanBase,
+    PlanError,
+    check_output,
+    collect,
+    duration,
+    length_limit,
+    load_model_config,
+    load_tokenizer,
+    quiet,
+    refused_arguments,
+    resolve_model,
+    teacher_dtype,
+)
+from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
+from pydistill.report import METRICS_FILE, text_table, write_text
+from pydistill.students.encoder import make_student, smaller_config, spaced_layers
+from pydistill.teachers import OnlineTeacher
+from pydistill.trainer import TRAINER_STATE, DistillationCollator, DistillationTrainer
+
+STAGES = ("assistant", "student")
+OWN_ENTRIES = (*STAGES, WORK, METRICS_FILE, CONFIG_FILE, DATA_FILE)
+TRAINING_FILE = "training.json"
+# How many of the first texts tell one corpus from another: a stream is not read to its end for that.
+FINGERPRINT_TEXTS = 256
+# Batches that the plan times, after one that warms up.
+TIMED_BATCHES = 2
+# Rows that the teacher and the new student see at a time where no batch size is configured.
+ROWS_PER_BATCH = 32
+
+
+class TeacherSection(Section):
+    """The encoder that is distilled: a hub name, a folder, or ``package:NAME/FOLDER`` of an installed package."""
+
+    model: str
+    tokenizer: str | None = Field(None, description="when it is not in the model's folder")
+    layer: int = Field(
+        -1, description="whose relations are learnt; -1: the last. MiniLMv2 reads 21 of 24 (BERT) or 19 of 24 (RoBERTa)"
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="arithmetic of its forward; auto: bfloat16 where the machine computes it"
+    )
+
+
+class EncoderSection(Section):
+    """A smaller configuration of the teacher's architecture; what is left out is the teacher's."""
+
+    layers: int | None = Field(None, gt=0)
+    hidden_size: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+    intermediate_size: int | None = Field(None, gt=0, description="absent: the teacher's ratio to the hidden size")
+    initialization: Literal["random", "layers", "svd"] = Field(
+        "random", description="layers: copied, sizes equal; svd: the teacher's weights in a subspace of its states"
+    )
+    copy_layers: list[int] | None = Field(
+        None,
+        description="the teacher's layers that the student's start from; absent: evenly spaced up to teacher.layer",
+    )
+    train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of this stage alone")
+
+    @field_validator("train")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return training_arguments(value)
+
+
+class ObjectiveSection(Section):
+    """``sum_r weight_r KL(teacher relation r || student relation r)``, see ``AttentionRelation``."""
+
+    relations: OneOrMore[str] = Field(["qk", "vv"], min_length=1, description="two letters of q, k and v each")
+    relation_weights: OneOrMore[float] | None = Field(None, description="one for each relation; absent: 1")
+    relation_heads: int | None = Field(
+        None, gt=0, description="split queries, keys and values anew, as MiniLMv2 does; absent: the attention heads"
+    )
+    student_layer: int = -1
+    reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+
+
+class MiniLMConfig(BaseRun):
+    """The recipe ``minilm``."""
+
+    seed: int = 1
+    teacher: TeacherSection
+    assistant: EncoderSection | None = Field(None, description="learns from the teacher first, and teaches the student")
+    student: EncoderSection = Field(default_factory=EncoderSection)
+    corpus: CorpusSection
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    sample_tokens: int = Field(8192, gt=0, description="tokens of the corpus that the initialisation svd looks at")
+    evaluation_texts: int = Field(256, gt=0, description="held-out texts that the loss is measured on")
+    train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of every stage")
+
+    @field_validator("train")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return training_arguments(value)
+
+
+@dataclass
+class MiniLMPlan(PlanBase):
+    """A run that can start: the teacher, and the configurations of the encoders that it will make."""
+
+    config: MiniLMConfig
+    teacher: str
+    tokenizer: PreTrainedTokenizerBase
+    encoders: dict[str, PretrainedConfig]  # by stage, in order
+    dtype: torch.dtype
+
+
+# --------------------------------------------------------------------------- plan
+
+
+def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> MiniLMPlan:
+    """Check everything that can be checked without working, and say what the run will do.
+
+    Raises:
+        PlanError: listing every reason: an output folder that holds another run, a teacher or a corpus that cannot be
+            read, sizes that the architecture, the initialisation or the relation heads do not allow, texts longer than
+            the model's limit, training arguments that contradict each other.
+    """
+    problems: list[str] = []
+    output = Path(config.output).expanduser()
+    sources: dict[str, str | None] = {
+        "teacher.model": config.teacher.model,
+        "teacher.tokenizer": config.teacher.tokenizer,
+    }
+    sources |= {f"corpus.files ({name})": name for name in config.corpus.files or ()}
+    collect(problems, check_output, config, output, resume, overwrite, sources)
+    blocks = {name: _block(config, name) for name in _stages(config)}
+    problems += refused_arguments({f"train ({name})": block for name, block in blocks.items()})
+    problems += [
+        f"train.max_steps: the corpus is read as an endless stream: say how many steps the stage {name} takes"
+        for name, block in blocks.items()
+        if block.get("max_steps", -1) <= 0
+    ]
+    teacher = collect(problems, resolve_model, config.teacher.model, "teacher.model")
+    model_config = collect(problems, load_model_config, teacher) if teacher is not None else None
+    tokenizer = None
+    encoders: dict[str, PretrainedConfig] = {}
+    if model_config is not None:
+        tokenizer = collect(problems, load_tokenizer, config.teacher.tokenizer, teacher)
+        limit = length_limit(model_config, tokenizer)
+        if limit is not None and config.corpus.max_length > limit:
+            problems.append(
+                f"corpus.max_length: must be at most {limit}, the limit of {config.teacher.model}, got "
+                f"{config.corpus.max_length}"
+            )
+        encoders, found = _encoders(config, model_config)
+        problems += found
+    texts = None
+    if tokenizer is not None:
+        texts = collect(problems, _first_texts, config, tokenizer)
+        if texts is not None and resume:
+            collect(problems, _check_same_corpus, config, output, texts)
+    if problems or teacher is None or model_config is None or tokenizer is None:
+        raise PlanError("\n".join(problems))
+
+    dtype = teacher_dtype(config.teacher.dtype)
+    result = MiniLMPlan(config, output, teacher, tokenizer, encoders, dtype, resume=resume, overwrite=overwrite)
+    _describe(result, model_config)
+    if dry_run:
+        with quiet():
+            _dry_run(result)
+    return result
+
+
+def _stages(config: MiniLMConfig) -> list[str]:
+    return [name for name in STAGES if getattr(config, name) is not None]
+
+
+def _block(config: MiniLMConfig, stage: str) -> dict[str, Any]:
+    section: EncoderSection = getattr(config, stage)
+    return config.train | section.train
+
+
+def _encoders(config: MiniLMConfig, teacher: PretrainedConfig) -> tuple[dict[str, PretrainedConfig], list[str]]:
+    """Return the configuration of each stage's encoder, and what is wrong with them."""
+    encoders: dict[str, PretrainedConfig] = {}
+    problems: list[str] = []
+    source, source_layer = teacher, config.teacher.layer
+    count = teacher.num_hidden_layers
+    if not -count <= source_layer < count:
+        return {}, [f"teacher.layer: must be from {-count} to {count - 1}, got {source_layer}"]
+    for stage in _stages(config):
+        section: EncoderSection = getattr(config, stage)
+        try:
+            made = smaller_config(
+                source,
+                num_hidden_layers=section.layers,
+                hidden_size=section.hidden_size,
+                num_attention_heads=section.heads,
+                intermediate_size=section.intermediate_size,
+            )
+            if section.initialization != "random" and section.copy_layers is None:
+                spaced_layers(_depth(source, source_layer), made.num_hidden_layers)
+        except ValueError as error:
+            return encoders, [*problems, f"{stage}: {error}"]
+        heads = config.objective.relation_heads
+        for name, one in ((stage, made), ("teacher", source)):
+            if heads is not None and one.hidden_size % heads:
+                problems.append(
+                    f"objective.relation_heads: must divide the hidden size {one.hidden_size} of {name}, got {heads}"
+                )
+        if heads is None and made.num_attention_heads != source.num_attention_heads:
+            problems.append(
+                f"{stage}.heads: the teacher has {source.num_attention_heads} attention heads and the {stage} "
+                f"{made.num_attention_heads}: make them equal, or set objective.relation_heads to a divisor of both "
+                "hidden sizes"
+            )
+        layer = config.objective.student_layer
+        if not -made.num_hidden_layers <= layer < made.num_hidden_layers:
+            problems.append(f"objective.student_layer: {stage} has {made.num_hidden_layers} layers, got {layer}")
+        encoders[stage] = made
+        source, source_layer = made, layer
+    return encoders, problems
+
+
+def _depth(config: PretrainedConfig, layer: int) -> int:
+    """How many layers lie up to and including ``layer``."""
+    return (layer if layer >= 0 else config.num_hidden_layers + layer) + 1
+
+
+def _first_texts(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if config.corpus.held_out:
+        load_corpus(config.corpus, tokenizer, part="held_out").first_texts(1)
+    return load_corpus(config.corpus, tokenizer).first_texts(FINGERPRINT_TEXTS)
+
+
+def _fingerprint(config: MiniLMConfig, texts: list[str]) -> str:
+    """A hash of the sources and of the first texts."""
+    return hashlib.sha256(
+        "\n".join([*(config.corpus.files or ()), *texts]).encode("utf-8", "surrogatepass")
+    ).hexdigest()
+
+
+def _check_same_corpus(config: MiniLMConfig, output: Path, texts: list[str]) -> None:
+    recorded = output / DATA_FILE
+    if recorded.is_file() and recorded.read_text(encoding="utf-8") != _fingerprint(config, texts):
+        raise PlanError(
+            f"output: the corpus has changed since the run in {output} was started; choose another folder, or "
+            "--overwrite"
+        )
+
+
+def _describe(result: MiniLMPlan, teacher: PretrainedConfig) -> None:
+    config = result.config
+    result.add("run", "recipe", config.recipe)
+    result.add("run", "output", f"{result.output}{' (continued)' if result.resume and result.output.exists() else ''}")
+    corpus = config.corpus
+    result.add("corpus", "texts", corpus.dataset or ", ".join(corpus.files or ()))
+    kept = f"; every {corpus.held_out}th text held out" if corpus.held_out else ""
+    result.add("corpus", "rows", f"{corpus.packing}, at most {corpus.max_length} tokens{kept}")
+    result.add("teacher", "model", config.teacher.model)
+    result.add("teacher", "sizes", _sizes(teacher))
+    result.add("teacher", "layer", f"{_depth(teacher, config.teacher.layer)} of {teacher.num_hidden_layers}")
+    result.add("teacher", "arithmetic", str(result.dtype).removeprefix("torch."))
+    for stage, made in result.encoders.items():
+        result.add(stage, "sizes", _sizes(made))
+        result.add(stage, "initialization", getattr(config, stage).initialization)
+        block = _block(config, stage)
+        result.add(stage, "training", ", ".join(f"{name} {value}" for name, value in block.items()))
+    student = result.encoders["student"]
+    halved = (
+        2 * student.num_hidden_layers <= teacher.num_hidden_layers and 2 * student.hidden_size <= teacher.hidden_size
+    )
+    if halved and config.assistant is None:
+        result.add(
+            "student",
+            "note",
+            "at most half the teacher's layers and hidden size: the paper uses an assistant here, e.g. "
+            f"--assistant.hidden_size {student.hidden_size}",
+        )
+    term = config.objective
+    heads = "the attention heads" if term.relation_heads is None else f"{term.relation_heads} relation heads"
+    result.add("loss", "relations", f"{', '.join(term.relations)}; {heads}; student layer {term.student_layer}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads")
+    chosen = _dispatch.resolve("attention_relation", torch.device(device))
+    result.add("machine", "kernel", f"{chosen}: {_dispatch.BACKENDS['attention_relation'][chosen].reason}")
+
+
+def _sizes(config: PretrainedConfig) -> str:
+    return f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
+
+
+def _dry_run(result: MiniLMPlan) -> None:
+    """Train a throw-away student of the last stage on a few batches: its pace tells how long the stage takes."""
+    config = result.config
+    teacher = AutoModel.from_pretrained(result.teacher, dtype=result.dtype)
+    student = make_student(teacher, result.encoders["student"])
+    if config.corpus.packing == "packed":
+        for key, model in (("teacher.model", teacher), ("student", student)):
+            try:
+                check_packing(model)
+            except ValueError as error:
+                raise PlanError(f"{key}: {error}") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result.add("teacher", "parameters", f"{sum(tensor.numel() for tensor in teacher.parameters()):,}")
+    result.add("student", "parameters", f"{sum(tensor.numel() for tensor in student.parameters()):,}")
+    # With an assistant between, the student's stage is cheaper than this, and the assistant's dearer.
+    block = _block(config, "student")
+    rows = block.get("per_device_train_batch_size", ROWS_PER_BATCH)
+    stream = iter(load_corpus(config.corpus, result.tokenizer, seed=config.seed))
+    collate = _collator(config, result.tokenizer, student)
+    distiller = Distiller(student, OnlineTeacher(teacher), _term(config, config.teacher.layer)).to(device)
+    for number in range(1 + TIMED_BATCHES):
+        if number == 1:
+            start = time.perf_counter()
+        batch = {name: value.to(device) for name, value in collate(list(itertools.islice(stream, rows))).items()}
+        loss = distiller(**batch).loss
+        assert loss is not None
+        loss.backward()
+    pace = (time.perf_counter() - start) / TIMED_BATCHES * block.get("gradient_accumulation_steps", 1)
+    result.add("student", "pace", f"{pace:.2f} s a step, about {duration(pace * block['max_steps'])} in all")
+
+
+# --------------------------------------------------------------------------- run
+
+
+def run(plan: MiniLMPlan) -> dict[str, Any]:
+    """Carry out the plan and return its results, the content of ``metrics.json``."""
+    with quiet():
+        return _run(plan)
+
+
+def _run(plan: MiniLMPlan) -> dict[str, Any]:
+    config = plan.config
+    open_output(plan, OWN_ENTRIES)
+    write_text(plan.output / DATA_FILE, _fingerprint(config, _first_texts(config, plan.tokenizer)))
+    stages = Stages(plan.output)
+    source, layer, named = plan.teacher, config.teacher.layer, config.teacher.model
+    models = []
+    for stage in plan.encoders:
+
+        def make(folder: Path, stage: str = stage, source: str = source, layer: int = layer) -> int:
+            return _distil(plan, stage, source, layer, folder, stages.scratch(stage))
+
+        folder = stages.build(stage, make, f"learn from {named}, layer {layer}")
+        models.append({"name": stage} | json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8")))
+        source, layer, named = str(folder), config.objective.student_layer, f"the {stage}"
+    results = {
+        "recipe": config.recipe,
+        "description": config.description,
+        "models": models,
+        "stages": stages.done,
+        "environment": _dispatch.environment(),
+        "plan": str(plan),
+    }
+    write_text(plan.output / METRICS_FILE, json.dumps(results, indent=1))
+    shutil.rmtree(plan.output / WORK, ignore_errors=True)
+    rows = [["model", "parameters", "steps", "loss at the start", "at the end", "seconds"]]
+    for model in models:
+        losses = [f"{model[key]:.4f}" if model[key] is not None else "" for key in ("loss_before", "loss_after")]
+        rows.append(
+            [model["name"], f"{model['parameters']:,}", f"{model['steps']:,}", *losses, f"{model['seconds']:.0f}"]
+        )
+    print(f"\n{text_table(rows)}\n\nstudent: {plan.output / 'student'}")
+    return results
+
+
+def _distil(plan: MiniLMPlan, stage: str, source: str, layer: int, folder: Path, scratch: Path) -> int:
+    config = plan.config
+    section: EncoderSection = getattr(config, stage)
+    teacher = AutoModel.from_pretrained(source, dtype=torch.float32)
+    stream = load_corpus(config.corpus, plan.tokenizer, seed=config.seed)
+    student = _new_student(plan, section, stage, teacher, layer, stream)
+    arguments = _arguments(_block(config, stage), scratch, config.seed)
+    checkpoint = checkpoint_in(scratch)
+    if checkpoint is not None:
+        stream = stream.seen(_rows_until(Path(checkpoint), arguments))
+    evaluation = _evaluation_rows(config, plan.tokenizer)
+    if evaluation is None:
+        arguments.eval_strategy = "no"
+    trainer = DistillationTrainer(
+        Distiller(student, OnlineTeacher(teacher, plan.dtype), _term(config, layer)),
+        arguments,
+        train_dataset=stream,
+        eval_dataset=evaluation,
+        processing_class=plan.tokenizer,
+        data_collator=_collator(config, plan.tokenizer, student),
+    )
+    attach_progress(trainer, "loss")
+    before_file = scratch / "before.json"
+    if checkpoint is None:
+        before = trainer.evaluate()["eval_loss"] if evaluation is not None else None
+        write_text(before_file, json.dumps(before))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    after = trainer.evaluate()["eval_loss"] if evaluation is not None else None
+    student.save_pretrained(folder)
+    plan.tokenizer.save_pretrained(folder)
+    record = {
+        "source": source,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "parameters": sum(tensor.numel() for tensor in student.parameters()),
+        "loss_before": json.loads(before_file.read_text(encoding="utf-8")),
+        "loss_after": after,
+        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+    }
+    write_text(folder / TRAINING_FILE, json.dumps(record))
+    return trainer.state.global_step
+
+
+def _new_student(
+    plan: MiniLMPlan, section: EncoderSection, stage: str, teacher: PreTrainedModel, layer: int, stream: Corpus
+) -> PreTrainedModel:
+    made = plan.encoders[stage]
+    layers = section.copy_layers
+    sample: Mapping[str, Tensor] | None = None
+    if section.initialization != "random" and layers is None:
+        layers = spaced_layers(_depth(teacher.config, layer), made.num_hidden_layers)
+    if section.initialization == "svd":
+        sample = _sample(plan, stream)
+    try:
+        return make_student(
+            teacher,
+            made,
+            initialization=section.initialization,
+            layers=layers,
+            sample=sample,
+            seed=plan.config.seed,
+        )
+    except ValueError as error:
+        raise PlanError(f"{stage}.initialization: {error}") from None
+
+
+def _sample(plan: MiniLMPlan, stream: Corpus) -> dict[str, Tensor]:
+    """As many of the first texts as have ``sample_tokens`` tokens, in one batch."""
+    config = plan.config
+    # No text has fewer than two tokens.
+    texts = stream.first_texts(config.sample_tokens // 2)
+    rows = plan.tokenizer(texts, truncation=True, max_length=config.corpus.max_length)["input_ids"]
+    reached = itertools.accumulate(map(len, rows))
+    count = 1 + sum(1 for total in reached if total < config.sample_tokens)
+    return dict(plan.tokenizer.pad({"input_ids": rows[:count]}, return_tensors="pt"))
+
+
+def _term(config: MiniLMConfig, teacher_layer: int) -> AttentionRelation:
+    return AttentionRelation(teacher_layer=teacher_layer, **config.objective.model_dump())
+
+
+def _collator(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel) -> Any:
+    if config.corpus.packing == "packed":
+        return PackedCollator(int(tokenizer.pad_token_id), first_position(student))
+    return DistillationCollator(tokenizer)
+
+
+def _evaluation_rows(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+    if not config.corpus.held_out:
+        return None
+    held_out = load_corpus(config.corpus, tokenizer, part="held_out")
+    return Dataset.from_list(list(itertools.islice(held_out, config.evaluation_texts)))
+
+
+def _arguments(block: Mapping[str, Any], scratch: Path, seed: int) -> TrainingArguments:
+    """``TrainingArguments`` of the configuration, with what a run needs where the configuration is silent."""
+    defaults: dict[str, Any] = {
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # The rows of packed batches differ in length: each process takes its own from the stream.
+        "accelerator_config": {"dispatch_batches": False},
+    }
+    return TrainingArguments(
+        output_dir=str(scratch), seed=seed, data_seed=seed, remove_unused_columns=False, **defaults | dict(block)
+    )
+
+
+def _rows_until(checkpoint: Path, arguments: TrainingArguments) -> int:
+    """How many rows of the stream the trainer is about to skip."""
+    steps = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
+    batches = steps * arguments.gradient_accumulation_steps * arguments.world_size
+    return batches * arguments.per_device_train_batch_size
