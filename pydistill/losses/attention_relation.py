@@ -335,8 +335,8 @@ def attention_relation_loss(
     relation (Wang et al. 2020, arXiv 2002.10957, equations 6 and 9) or MiniLMv2's QQ, KK and VV (arXiv 2012.15828).
     Where nothing is masked, same value as the mean over batch, heads and rows of
     ``(p * (p.log() - (A_s @ B_s.mT / ds**0.5).log_softmax(-1))).sum(-1)`` with
-    ``p = (A_t @ B_t.mT / dt**0.5).softmax(-1)``. Scores, probabilities and their gradient never exist as N x N matrices in memory: loss and
-    gradients take O(B H N) beyond the inputs.
+    ``p = (A_t @ B_t.mT / dt**0.5).softmax(-1)``. Scores, probabilities and their gradient never exist as N x N matrices
+    in memory: loss and gradients take O(B H N) beyond the inputs.
 
     Args:
         student_a: ``[B, H, N, ds]``, fp32, bf16, fp16 or fp64; any strides. Receives a gradient.
@@ -391,12 +391,13 @@ def attention_relation_loss(
             reduction=reduction,
             num_items=num_items,
         )
-    cross = student_b is not None and teacher_b is not None
-    students, teachers = [student_a, None, None], [teacher_a, None, None]
-    if cross:
+    students: list[Tensor | None] = [student_a, None, None]
+    teachers: list[Tensor | None] = [teacher_a, None, None]
+    relations = [0, 0]
+    if student_b is not None and teacher_b is not None:
         students[1] = _repeat_heads(student_b, student_a.size(1))
         teachers[1] = _repeat_heads(teacher_b, teacher_a.size(1))
-    relations = [0, 1] if cross else [0, 0]
+        relations = [0, 1]
     return _call(
         students, teachers, relations, [1.0], mask, segment_ids, num_items, causal, relation_heads, scale, reduction
     )[0]
@@ -433,10 +434,11 @@ def attention_relations_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `attention_relation_loss`.
     """
-    relations, weights = check_relations(relations, weights)
+    names, weights = check_relations(relations, weights)
+    pairs = [(name[0], name[1]) for name in names]
     if reduction == "none":
         _fail("reduction must be sequence_mean, token_mean or sum where several relations are added, got 'none'")
-    options = {
+    options: dict[str, Any] = {
         "mask": mask,
         "segment_ids": segment_ids,
         "causal": causal,
@@ -445,21 +447,21 @@ def attention_relations_loss(
         "reduction": reduction,
         "num_items": num_items,
     }
-    for letter in sorted(set("".join(relations))):
+    for letter in sorted(set("".join(names))):
         for side, given in (("student", student), ("teacher", teacher)):
             if SIGNALS[letter] not in given:
-                _fail(f"relations {', '.join(relations)} need the {side}'s {SIGNALS[letter]}, got {sorted(given)}")
+                _fail(f"relations {', '.join(names)} need the {side}'s {SIGNALS[letter]}, got {sorted(given)}")
     tensors = {letter: (student[name], teacher[name]) for letter, name in SIGNALS.items() if name in student}
-    used = [letter for relation in relations for letter in sorted(set(relation))]
+    used = [letter for pair in pairs for letter in sorted(set(pair))]
     # A tensor in two relations has two gradients to add, and heads that one relation repeats are others in the next.
     apart = len(set(used)) != len(used) or any(
-        tensors[a][side].size(1) != tensors[b][side].size(1) for a, b in relations for side in (0, 1)
+        tensors[a][side].size(1) != tensors[b][side].size(1) for a, b in pairs for side in (0, 1)
     )
     fused = _dispatch.resolve(LOSS, tensors[used[0]][0].device, impl) != "reference"
     parts: dict[str, Tensor] = {}
-    if apart or not fused or len(relations) == 1:
+    if apart or not fused or len(pairs) == 1:
         total: Tensor | None = None
-        for (a, b), weight in zip(relations, weights, strict=True):
+        for (a, b), weight in zip(pairs, weights, strict=True):
             value = attention_relation_loss(
                 tensors[a][0],
                 None if a == b else tensors[b][0],
@@ -474,7 +476,7 @@ def attention_relations_loss(
         return total, parts
 
     _check_options(reduction, relation_heads, scale, num_items)
-    for a, b in relations:
+    for a, b in pairs:
         for letter in {a, b}:
             _check_tensors(SIGNALS[letter], *tensors[letter])
             _check_heads(*tensors[letter], relation_heads)
@@ -482,11 +484,11 @@ def attention_relations_loss(
         _check_pair("teacher", tensors[a][1], tensors[b][1])
     _check_tokens(tensors[used[0]][0], mask, segment_ids)
     students, teachers = ([tensors[x][side] if x in used else None for x in SLOTS] for side in (0, 1))
-    slots = [SLOTS[letter] for relation in relations for letter in relation]
+    slots = [SLOTS[letter] for pair in pairs for letter in pair]
     loss, values = _call(
         students, teachers, slots, weights, mask, segment_ids, num_items, causal, relation_heads, scale, reduction
     )
-    return loss, dict(zip(relations, values.unbind(), strict=True))
+    return loss, dict(zip(names, values.unbind(), strict=True))
 
 
 def check_relations(relations: Sequence[str], weights: Sequence[float] | None) -> tuple[list[str], list[float]]:
