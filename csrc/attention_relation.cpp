@@ -123,8 +123,10 @@ std::vector<double> run(const std::vector<RelationJob>& jobs) {
   std::vector<size_t> whole, split;
   for (size_t i = 0; i < jobs.size(); ++i) (kernel.one_sweep(jobs[i]) ? whole : split).push_back(i);
   if (static_cast<int64_t>(whole.size()) < threads) {
-    split.insert(split.end(), whole.begin(), whole.end());
-    whole.clear();
+    const auto rest =
+        std::stable_partition(whole.begin(), whole.end(), [&](size_t i) { return kernel.symmetric(jobs[i]); });
+    split.insert(split.end(), rest, whole.end());
+    whole.erase(rest, whole.end());
   }
   std::stable_sort(whole.begin(), whole.end(),
                    [&](size_t a, size_t b) { return jobs[a].sequence.count > jobs[b].sequence.count; });

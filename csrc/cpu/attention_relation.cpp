@@ -269,6 +269,9 @@ bool one_sweep_of(const RelationJob& job) {
   return n * V::width * 2 * size <= tiles_limit && n * round_up(job.student.size, V::width) * size <= partial_limit;
 }
 
+template <class V>
+bool symmetric_of(const RelationJob& job);
+
 // What one relation head of one sequence needs, in a thread's scratch memory.
 template <class V, class S, int vectors>
 struct Head {
@@ -309,7 +312,7 @@ struct Head {
     keys_at_once = single && fits ? n : smaller(n, key_block);
     gather_keys = keys_at_once == n;
     const int64_t tile_keys = single ? n : larger(keys_at_once, lanes);
-    const int64_t longest = larger(keys_at_once, lanes);
+    const int64_t longest = symmetric_of<V>(job) ? n : larger(keys_at_once, lanes);
     char* at = static_cast<char*>(memory);
     const auto take = [&]<class T>(T*& pointer, int64_t count) {
       pointer = reinterpret_cast<T*>(at);
@@ -351,19 +354,19 @@ struct Head {
   RowsOf<F> load_keys(int64_t begin, int64_t count) {
     if constexpr (!pairs) {
       load_words(begin, count);
-      return student_words;
+      return {student_words.data + (begin - cached_words) * student_words.stride, student_words.stride};
     } else {
-      if (cached_rows != begin || cached_row_count < count) {
+      if (cached_rows < 0 || begin < cached_rows || begin + count > cached_rows + cached_row_count) {
         student_rows = numbers<V>(student_b, begin, count, student_size, gather_keys, key_rows);
         cached_rows = begin;
         cached_row_count = count;
       }
-      return student_rows;
+      return {student_rows.data + (begin - cached_rows) * student_rows.stride, student_rows.stride};
     }
   }
 
   void load_words(int64_t begin, int64_t count) {
-    if (cached_words == begin && cached_word_count >= count) return;
+    if (cached_words >= 0 && begin >= cached_words && begin + count <= cached_words + cached_word_count) return;
     teacher_words = operands<V>(teacher_b, begin, count, gather_keys, teacher_keys);
     student_words = operands<V>(student_b, begin, count, gather_keys, student_keys);
     cached_words = begin;
@@ -375,7 +378,8 @@ struct Head {
     load_words(begin, count);
     const auto product = [&](const RowsOf<Word>& keys, int64_t size, const Word* panel, F* tile) {
       const int64_t depth = pairs ? (size + 1) / 2 : size;
-      gemm<Product>(count, lanes, depth, keys.data, keys.stride, 1, panel, lanes, tile + row * lanes, lanes, false);
+      gemm<Product>(count, lanes, depth, keys.data + (begin - cached_words) * keys.stride, keys.stride, 1, panel, lanes,
+                    tile + row * lanes, lanes, false);
     };
     product(teacher_words, teacher_size, teacher_panel, teacher_tile);
     product(student_words, student_size, student_panel, student_tile);
@@ -429,9 +433,11 @@ struct Head {
     });
   }
 
-  double weight_of_row(int64_t token) const {
-    if (job.row_weights == nullptr) return 1;
-    return static_cast<const F*>(job.row_weights)[token];
+  // Factor of a query row in the gradient of the scores before their scale.
+  double weight_of_row(int64_t row) const {
+    const double weight = job.sequence.weight * job.student.scale;
+    if (job.row_weights == nullptr) return weight;
+    return weight * static_cast<const F*>(job.row_weights)[job.sequence.tokens[row]];
   }
 
   // From the sums: the rows' values, returned summed, and the factors of p and q in G (0 in lanes without a query).
@@ -449,12 +455,11 @@ struct Head {
         factor_t[l] = factor_s[l] = 0;
         continue;
       }
-      const int64_t token = job.sequence.tokens[begin + l];
-      const double weight = job.sequence.weight * job.student.scale * (weight_of_row(token));
+      const double weight = weight_of_row(begin + l);
       factor_t[l] = static_cast<F>(weight / sums[l]);
       factor_s[l] = static_cast<F>(weight / sums[lanes + l]);
       total += values[l];
-      if (job.row_loss != nullptr) static_cast<F*>(job.row_loss)[token] = values[l];
+      if (job.row_loss != nullptr) static_cast<F*>(job.row_loss)[job.sequence.tokens[begin + l]] = values[l];
     }
     return total;
   }
@@ -610,6 +615,246 @@ void block_gradient_of(const RelationJob& job, int64_t block, const void* statis
   write<V>(h.target(job.grad_b), begin, count, key_gradient, h.padded);
 }
 
+// ---- self relations: scores are symmetric, and so is everything that is made of them ----
+//
+// Exponentials that are not shifted by their row's maximum are symmetric too. Of both tiles only the part on and below
+// the block diagonal is computed, and kept for the whole head; its sums serve rows and columns. With
+// H_ij = G_ij + G_ji the gradient is one product, dL/da_i = sum_j H_ij a_j.
+//
+// The sums are taken relative to a whole power of 2 near the diagonal's exponential, which costs no rounding.
+
+constexpr double symmetric_bound = 60;           // largest score, in units of log 2, that needs no shift
+constexpr int64_t symmetric_tiles = 1536 << 10;  // bytes of both tiles
+constexpr int64_t symmetric_keys = 256 << 10;    // bytes of the copied keys
+
+// Vectors in a block of a symmetric job: small blocks waste less on the diagonal, large ones multiply faster.
+template <class V>
+constexpr int symmetric_vectors(int64_t n) {
+  return gemm_vectors == 4 && n <= 192 ? 2 : gemm_vectors;
+}
+
+// Rows of the tiles of all blocks.
+int64_t symmetric_rows(int64_t n, int64_t lanes) {
+  const int64_t blocks = (n + lanes - 1) / lanes;
+  return blocks * n - lanes * blocks * (blocks - 1) / 2;
+}
+
+template <class V>
+bool symmetric_of(const RelationJob& job) {
+  const int64_t n = job.sequence.count, size = sizeof(typename V::scalar), lanes = symmetric_vectors<V>(n) * V::width;
+  return job.self && !job.causal && n >= 32 && one_sweep_of<V>(job) &&
+         symmetric_rows(n, lanes) * lanes * 2 * size <= symmetric_tiles &&
+         n * (job.student.size + job.teacher.size) * size <= symmetric_keys;
+}
+
+// Beside a Head's memory, what a symmetric job needs of its own; n rounded up to whole blocks where it says [n].
+template <class V, int vectors>
+struct SymmetricBuffers {
+  using F = typename V::scalar;
+  static constexpr int lanes = vectors * V::width;
+  F *teacher_tiles, *student_tiles;
+  F *near_t, *near_s;        // [n] whole numbers near the diagonal's scores
+  F *sum_t, *sum_s, *sum_a;  // [n] sums over the lanes' keys
+  F* key_sums;               // [n, 3, width] the same over the keys' lanes, not yet summed across
+  F *factor_t, *factor_s;    // [n]
+  size_t bytes;
+
+  SymmetricBuffers(int64_t n, void* memory) {
+    char* at = static_cast<char*>(memory);
+    const auto take = [&](F*& pointer, int64_t count) {
+      pointer = reinterpret_cast<F*>(at);
+      at += round_up(count * int64_t(sizeof(F)), 64);
+    };
+    const int64_t rows = symmetric_rows(n, lanes), whole = round_up(n, lanes);
+    take(teacher_tiles, rows * lanes);
+    take(student_tiles, rows * lanes);
+    take(near_t, whole);
+    take(near_s, whole);
+    take(sum_t, whole);
+    take(sum_s, whole);
+    take(sum_a, whole);
+    take(factor_t, whole);
+    take(factor_s, whole);
+    take(key_sums, whole * 3 * V::width);
+    bytes = static_cast<size_t>(at - static_cast<char*>(memory));
+  }
+};
+
+// Exponentials of the scores of keys [begin, end) with one block of queries, and their sums by lane; below the diagonal
+// block also by key.
+template <class V, int vectors, bool below, bool scaled>
+__attribute__((noinline)) void symmetric_exponentials(const SymmetricBuffers<V, vectors>& b,
+                                                      typename V::scalar* teacher, typename V::scalar* student,
+                                                      int64_t begin, int64_t end, int64_t query,
+                                                      typename V::scalar unit_t, typename V::scalar unit_s) {
+  constexpr int lanes = vectors * V::width;
+  V near[vectors], zt[vectors], zs[vectors], a[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = query + v * V::width;
+    near[v] = V::load(b.near_t + at) - V::load(b.near_s + at);
+    zt[v] = V::load(b.sum_t + at);
+    zs[v] = V::load(b.sum_s + at);
+    a[v] = V::load(b.sum_a + at);
+  }
+  for (int64_t j = begin; j < end; ++j, teacher += lanes, student += lanes) {
+    const V near_key = V::all(b.near_t[j] - b.near_s[j]);
+    V key_t = V::all(0), key_s = V::all(0), key_a = V::all(0);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      V t = V::load(teacher + v * V::width), s = V::load(student + v * V::width);
+      if constexpr (scaled) {
+        t = t * V::all(unit_t);
+        s = s * V::all(unit_s);
+      }
+      const V et = exp2(t), es = exp2(s), difference = t - s;
+      zt[v] = zt[v] + et;
+      zs[v] = zs[v] + es;
+      a[v] = fma(et, difference - near[v], a[v]);
+      if constexpr (below) {
+        key_t = key_t + et;
+        key_s = key_s + es;
+        key_a = fma(et, difference - near_key, key_a);
+      }
+      et.store(teacher + v * V::width);
+      es.store(student + v * V::width);
+    }
+    if constexpr (below) {
+      typename V::scalar* sums = b.key_sums + j * 3 * V::width;
+      (V::load(sums) + key_t).store(sums);
+      (V::load(sums + V::width) + key_s).store(sums + V::width);
+      (V::load(sums + 2 * V::width) + key_a).store(sums + 2 * V::width);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = query + v * V::width;
+    zt[v].store(b.sum_t + at);
+    zs[v].store(b.sum_s + at);
+    a[v].store(b.sum_a + at);
+  }
+}
+
+// H over the student's exponentials.
+template <class V, int vectors>
+__attribute__((noinline)) void symmetric_differences(const SymmetricBuffers<V, vectors>& b,
+                                                     const typename V::scalar* teacher, typename V::scalar* student,
+                                                     int64_t begin, int64_t end, int64_t query) {
+  constexpr int lanes = vectors * V::width;
+  V ct[vectors], cs[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    ct[v] = V::load(b.factor_t + query + v * V::width);
+    cs[v] = V::load(b.factor_s + query + v * V::width);
+  }
+  for (int64_t j = begin; j < end; ++j, teacher += lanes, student += lanes) {
+    const V key_t = V::all(b.factor_t[j]), key_s = V::all(b.factor_s[j]);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      fnma(ct[v] + key_t, V::load(teacher + v * V::width), (cs[v] + key_s) * V::load(student + v * V::width))
+          .store(student + v * V::width);
+  }
+}
+
+// Whole numbers near the diagonal's scores; returns whether all scores may be exponentiated unshifted.
+template <class V, class S>
+bool near_diagonal(const Source<S>& source, int64_t n, double unit, typename V::scalar* near) {
+  for (int64_t i = 0; i < n; ++i) {
+    V squares = V::all(0);
+    source.pieces(i, [&](const S* in, int64_t, int64_t count) PYD_INLINE_LAMBDA {
+      int64_t c = 0;
+      for (; c + V::width <= count; c += V::width) squares = fma(V::load(in + c), V::load(in + c), squares);
+      if (c < count) {
+        const V x = V::load_part(in + c, count - c, 0);
+        squares = fma(x, x, squares);
+      }
+    });
+    const double score = sum(squares) * unit;
+    if (!(score <= symmetric_bound)) return false;  // NaN neither
+    near[i] = static_cast<typename V::scalar>(__builtin_rint(score));
+  }
+  return true;
+}
+
+// The job by symmetry, or false where scores are too large for it.
+template <class V, class S, int vectors>
+bool symmetric_whole_of(const RelationJob& job, typename V::scalar* total, void* scratch, double& value) {
+  using F = typename V::scalar;
+  using Plain = Multiply<V>;
+  constexpr int64_t lanes = vectors * V::width;
+  Head<V, S, vectors> h(job, scratch);
+  const int64_t n = h.n;
+  const SymmetricBuffers<V, vectors> b(n, static_cast<char*>(scratch) + h.bytes);
+  if (!near_diagonal<V>(h.teacher_a, n, h.teacher_unit, b.near_t) ||
+      !near_diagonal<V>(h.student_a, n, h.student_unit, b.near_s))
+    return false;
+  const int64_t whole = round_up(n, lanes);
+  for (int64_t i = n; i < whole; ++i) b.near_t[i] = b.near_s[i] = 0;
+  F* const zero[] = {b.sum_t, b.sum_s, b.sum_a, b.factor_t, b.factor_s};
+  for (F* sums : zero) __builtin_memset(sums, 0, whole * sizeof(F));
+  __builtin_memset(b.key_sums, 0, whole * 3 * V::width * sizeof(F));
+  h.keys_at_once = n;
+  h.gather_keys = true;
+  h.load_words(0, n);
+
+  // f(first query, queries, rows of the block's tiles): block after block.
+  const auto each_block = [&](auto f) {
+    for (int64_t i = 0, row = 0; i < n; row += n - i, i += lanes) f(i, smaller(lanes, n - i), row);
+  };
+  each_block([&](int64_t i, int64_t count, int64_t row) {
+    h.teacher_tile = b.teacher_tiles + row * lanes;
+    h.student_tile = b.student_tiles + row * lanes;
+    h.load_queries(i, count);
+    h.scores(i, n - i, 0);
+    symmetric_exponentials<V, vectors, false, h.pairs>(b, h.teacher_tile, h.student_tile, i, i + count, i,
+                                                       h.teacher_unit, h.student_unit);
+    symmetric_exponentials<V, vectors, true, h.pairs>(b, h.teacher_tile + count * lanes, h.student_tile + count * lanes,
+                                                      i + count, n, i, h.teacher_unit, h.student_unit);
+  });
+
+  value = 0;
+  for (int64_t i = 0; i < n; i += V::width) {
+    F parts[3][V::width];
+    for (int64_t l = 0; l < V::width; ++l)
+      for (int k = 0; k < 3; ++k)
+        parts[k][l] = i + l < n ? sum(V::load(b.key_sums + ((i + l) * 3 + k) * V::width)) : F(0);
+    const V zt = V::load(b.sum_t + i) + V::load(parts[0]), zs = V::load(b.sum_s + i) + V::load(parts[1]);
+    const V a = V::load(b.sum_a + i) + V::load(parts[2]);
+    // Relative to the powers of 2 near the diagonal, whose logarithm A has left out.
+    const V over = zs * exp2(V::all(0) - V::load(b.near_s + i)), under = zt * exp2(V::all(0) - V::load(b.near_t + i));
+    const V kl = fma(a / zt, V::all(static_cast<F>(ln2)), log_of_ratio(over, under));
+    F values[V::width], sums_t[V::width], sums_s[V::width];
+    where_positive(V::all(0) - kl, V::all(0), kl).store(values);  // NaN stays
+    zt.store(sums_t);
+    zs.store(sums_s);
+    for (int64_t l = 0; l < V::width && i + l < n; ++l) {
+      const double weight = h.weight_of_row(i + l);
+      b.factor_t[i + l] = static_cast<F>(weight / sums_t[l]);
+      b.factor_s[i + l] = static_cast<F>(weight / sums_s[l]);
+      value += values[l];
+      if (job.row_loss != nullptr) static_cast<F*>(job.row_loss)[job.sequence.tokens[i + l]] = values[l];
+    }
+  }
+  if (job.grad_a.data == nullptr) return true;
+
+  __builtin_memset(total, 0, n * h.padded * sizeof(F));
+  each_block([&](int64_t i, int64_t count, int64_t row) {
+    F* tile = b.student_tiles + row * lanes;
+    symmetric_differences<V, vectors>(b, b.teacher_tiles + row * lanes, tile, i, n, i);
+    const RowsOf<F> keys = h.load_keys(i, n - i);
+    gemm<Plain>(h.student_size, lanes, n - i, keys.data, 1, keys.stride, tile, lanes, h.grad_columns, lanes, false);
+    h.turn_gradient(count);
+    F* own = total + i * h.padded;
+    for (int64_t k = 0; k < count * h.padded; k += V::width)
+      (V::load(own + k) + V::load(h.grad_rows + k)).store(own + k);
+    const RowsOf<F> queries = numbers<V>(h.student_a, i, count, h.padded, false, h.query_rows);
+    gemm<Plain>(n - i - count, h.padded, count, tile + count * lanes, lanes, 1, queries.data, queries.stride,
+                total + (i + count) * h.padded, h.padded, true);
+  });
+  write_keys_of<V, S>(job, total);
+  return true;
+}
+
 // Calls f<V, S, vectors>() for the job's dtype and block.
 template <class Function>
 PYD_INLINE auto with_vectors(const RelationJob& job, Function f) {
@@ -651,8 +896,30 @@ bool one_sweep(const RelationJob& job) {
   return with_types(job, [&]<class V, class S>() { return one_sweep_of<V>(job); });
 }
 
+// Calls f<V, S, vectors>() for a symmetric job.
+template <class Function>
+PYD_INLINE auto with_symmetric_vectors(const RelationJob& job, Function f) {
+  return with_types(job, [&]<class V, class S>() {
+    if constexpr (gemm_vectors == 4)
+      if (symmetric_vectors<V>(job.sequence.count) == 2) return f.template operator()<V, S, 2>();
+    return f.template operator()<V, S, gemm_vectors>();
+  });
+}
+
+bool symmetric(const RelationJob& job) {
+  return with_types(job, [&]<class V, class S>() { return symmetric_of<V>(job); });
+}
+
 size_t scratch_bytes(const RelationJob& job) {
-  return with_vectors(job, [&]<class V, class S, int vectors>() { return Head<V, S, vectors>(job, nullptr).bytes; });
+  size_t bytes =
+      with_vectors(job, [&]<class V, class S, int vectors>() { return Head<V, S, vectors>(job, nullptr).bytes; });
+  if (symmetric(job)) {
+    const size_t more = with_symmetric_vectors(job, [&]<class V, class S, int vectors>() {
+      return Head<V, S, vectors>(job, nullptr).bytes + SymmetricBuffers<V, vectors>(job.sequence.count, nullptr).bytes;
+    });
+    if (more > bytes) bytes = more;
+  }
+  return bytes;
 }
 
 size_t partial_bytes(const RelationJob& job) {
@@ -662,6 +929,13 @@ size_t partial_bytes(const RelationJob& job) {
 }
 
 double whole(const RelationJob& job, void* total, void* partial, void* scratch) {
+  if (symmetric(job)) {
+    double value;
+    const bool done = with_symmetric_vectors(job, [&]<class V, class S, int vectors>() {
+      return symmetric_whole_of<V, S, vectors>(job, static_cast<typename V::scalar*>(total), scratch, value);
+    });
+    if (done) return value;
+  }
   return with_vectors(
       job, [&]<class V, class S, int vectors>() { return whole_of<V, S, vectors>(job, total, partial, scratch); });
 }
@@ -711,7 +985,7 @@ void block_gradient(const RelationJob& job, int64_t block, const void* statistic
 }  // namespace
 
 extern const AttentionRelationKernel attention_relation = {
-    one_sweep, scratch_bytes,    partial_bytes,    whole,         chunks, chunk, add, write_keys,
-    blocks,    statistics_bytes, block_statistics, block_gradient};
+    one_sweep,  symmetric, scratch_bytes,    partial_bytes,    whole,         chunks, chunk, add,
+    write_keys, blocks,    statistics_bytes, block_statistics, block_gradient};
 
 }  // namespace pyd::PYD_ISA

@@ -49,6 +49,8 @@ struct RelationJob {
 struct AttentionRelationKernel {
   // Whether the job is done in one sweep with partial sums, or (long sequences) in several that need none.
   bool (*one_sweep)(const RelationJob&);
+  // Whether the job is to be done as a whole even where threads idle: half the work, but not in parts.
+  bool (*symmetric)(const RelationJob&);
   size_t (*scratch_bytes)(const RelationJob&);  // per thread, 64-byte aligned
   size_t (*partial_bytes)(const RelationJob&);  // gradient of all keys
   // One sweep, all of it: returns the sum of the rows' values. `total` and `partial` are scratch too.
