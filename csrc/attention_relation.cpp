@@ -136,15 +136,17 @@ std::vector<double> run(const std::vector<RelationJob>& jobs) {
     on_threads(threads, [&](int64_t) {
       size_t scratch_size = 0, partial_size = 0;
       Buffer scratch, partial, total;
-      for (size_t i; (i = next++) < whole.size();) {
+      for (size_t i = next++, after; i < whole.size(); i = after) {
         const RelationJob& job = jobs[whole[i]];
+        after = next++;
         if (kernel.scratch_bytes(job) > scratch_size) scratch = Buffer(scratch_size = kernel.scratch_bytes(job));
         if (kernel.partial_bytes(job) > partial_size) {
           partial_size = kernel.partial_bytes(job);
           partial = Buffer(partial_size);
           total = Buffer(partial_size);
         }
-        values[whole[i]] = kernel.whole(job, total.data, partial.data, scratch.data);
+        values[whole[i]] = kernel.whole(job, after < whole.size() ? &jobs[whole[after]] : nullptr, total.data,
+                                        partial.data, scratch.data);
       }
     });
 

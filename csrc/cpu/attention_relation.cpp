@@ -156,6 +156,48 @@ void write(const Source<S>& target, int64_t begin, int64_t count, const typename
   }
 }
 
+// The next job's rows, which lie pages apart where the processor does not foresee them: brought near while this job
+// is busy with exponentials.
+struct Ahead {
+  static constexpr int sources = 4;
+  const char* row[sources] = {};
+  int64_t stride[sources] = {}, bytes[sources] = {};
+  int64_t rows = 0;
+
+  template <class S>
+  void add(int i, const Source<S>& source) {
+    row[i] = reinterpret_cast<const char*>(source.direct(0));
+    stride[i] = source.token_stride * int64_t(sizeof(S));
+    bytes[i] = source.size * int64_t(sizeof(S));
+  }
+  // One row of each source.
+  PYD_INLINE void fetch() {
+    if (rows == 0) return;
+    --rows;
+    for (int i = 0; i < sources; ++i) {
+      for (int64_t b = 0; b < bytes[i]; b += 64) __builtin_prefetch(row[i] + b, 0, 2);
+      row[i] += stride[i];
+    }
+  }
+};
+
+template <class S>
+Ahead ahead_of(const RelationJob* job) {
+  Ahead ahead;
+  if (job == nullptr) return ahead;
+  const auto source = [&](const Heads& heads, const RelationSide& side) {
+    return Source<S>(heads, job->sequence, job->relation_head, side.size);
+  };
+  ahead.add(0, source(job->teacher.a, job->teacher));
+  ahead.add(1, source(job->student.a, job->student));
+  if (!job->self) {
+    ahead.add(2, source(job->teacher.b, job->teacher));
+    ahead.add(3, source(job->student.b, job->student));
+  }
+  ahead.rows = job->sequence.count;
+  return ahead;
+}
+
 // Down the columns of a tile [end - begin, lanes]. Key j is `begin` + row; where `masked`, lane l counts it only if
 // j <= query + l.
 template <class V, int vectors, bool masked>
@@ -185,7 +227,7 @@ template <class V, int vectors, bool masked, bool scaled>
 __attribute__((noinline)) void exponentials(typename V::scalar* teacher, typename V::scalar* student, int64_t begin,
                                             int64_t end, int64_t query, typename V::scalar factor_t,
                                             typename V::scalar factor_s, const typename V::scalar* top_t,
-                                            const typename V::scalar* top_s, typename V::scalar* sums) {
+                                            const typename V::scalar* top_s, typename V::scalar* sums, Ahead& ahead) {
   using F = typename V::scalar;
   constexpr int lanes = vectors * V::width;
   const V scale_t = V::all(factor_t), scale_s = V::all(factor_s), zero = V::all(0);
@@ -199,6 +241,7 @@ __attribute__((noinline)) void exponentials(typename V::scalar* teacher, typenam
     a[v] = V::load(sums + 2 * lanes + v * V::width);
   }
   for (int64_t j = begin; j < end; ++j, teacher += lanes, student += lanes) {
+    ahead.fetch();
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       // The largest is exactly 0, which a scale before the difference would spoil.
@@ -294,6 +337,8 @@ struct Head {
   int64_t cached_words = -1, cached_rows = -1;    // first key in the buffers, and how many
   int64_t cached_word_count = 0, cached_row_count = 0;
   size_t bytes;
+
+  Ahead ahead;  // nothing, unless set
 
   Head(const RelationJob& job_, void* memory)
       : job(job_),
@@ -429,7 +474,8 @@ struct Head {
     parts(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
       const int64_t at = (row + low - begin) * lanes;
       const auto run = masked ? exponentials<V, vectors, true, pairs> : exponentials<V, vectors, false, pairs>;
-      run(teacher_tile + at, student_tile + at, low, high, query, teacher_unit, student_unit, top_t, top_s, sums);
+      run(teacher_tile + at, student_tile + at, low, high, query, teacher_unit, student_unit, top_t, top_s, sums,
+          ahead);
     });
   }
 
@@ -533,10 +579,11 @@ int64_t chunks(const RelationJob& job) {
 }
 
 template <class V, class S, int vectors>
-double whole_of(const RelationJob& job, void* total, void* partial, void* scratch) {
+double whole_of(const RelationJob& job, const RelationJob* next, void* total, void* partial, void* scratch) {
   using F = typename V::scalar;
   Head<V, S, vectors> h(job, scratch);
   double value = 0;
+  h.ahead = ahead_of<S>(next);
   for (int64_t c = 0; c < chunks(job); ++c) {
     value += chunk_of(h, c, static_cast<F*>(c == 0 ? total : partial));
     if (c > 0 && job.grad_b.data != nullptr)
@@ -686,7 +733,8 @@ template <class V, int vectors, bool below, bool scaled>
 __attribute__((noinline)) void symmetric_exponentials(const SymmetricBuffers<V, vectors>& b,
                                                       typename V::scalar* teacher, typename V::scalar* student,
                                                       int64_t begin, int64_t end, int64_t query,
-                                                      typename V::scalar unit_t, typename V::scalar unit_s) {
+                                                      typename V::scalar unit_t, typename V::scalar unit_s,
+                                                      Ahead& ahead) {
   constexpr int lanes = vectors * V::width;
   V near[vectors], zt[vectors], zs[vectors], a[vectors];
 #pragma GCC unroll 4
@@ -698,6 +746,7 @@ __attribute__((noinline)) void symmetric_exponentials(const SymmetricBuffers<V, 
     a[v] = V::load(b.sum_a + at);
   }
   for (int64_t j = begin; j < end; ++j, teacher += lanes, student += lanes) {
+    ahead.fetch();
     const V near_key = V::all(b.near_t[j] - b.near_s[j]);
     V key_t = V::all(0), key_s = V::all(0), key_a = V::all(0);
 #pragma GCC unroll 4
@@ -778,7 +827,8 @@ bool near_diagonal(const Source<S>& source, int64_t n, double unit, typename V::
 
 // The job by symmetry, or false where scores are too large for it.
 template <class V, class S, int vectors>
-bool symmetric_whole_of(const RelationJob& job, typename V::scalar* total, void* scratch, double& value) {
+bool symmetric_whole_of(const RelationJob& job, const RelationJob* next, typename V::scalar* total, void* scratch,
+                        double& value) {
   using F = typename V::scalar;
   using Plain = Multiply<V>;
   constexpr int64_t lanes = vectors * V::width;
@@ -796,6 +846,7 @@ bool symmetric_whole_of(const RelationJob& job, typename V::scalar* total, void*
   h.keys_at_once = n;
   h.gather_keys = true;
   h.load_words(0, n);
+  h.ahead = ahead_of<S>(next);
 
   // f(first query, queries, rows of the block's tiles): block after block.
   const auto each_block = [&](auto f) {
@@ -807,9 +858,9 @@ bool symmetric_whole_of(const RelationJob& job, typename V::scalar* total, void*
     h.load_queries(i, count);
     h.scores(i, n - i, 0);
     symmetric_exponentials<V, vectors, false, h.pairs>(b, h.teacher_tile, h.student_tile, i, i + count, i,
-                                                       h.teacher_unit, h.student_unit);
+                                                       h.teacher_unit, h.student_unit, h.ahead);
     symmetric_exponentials<V, vectors, true, h.pairs>(b, h.teacher_tile + count * lanes, h.student_tile + count * lanes,
-                                                      i + count, n, i, h.teacher_unit, h.student_unit);
+                                                      i + count, n, i, h.teacher_unit, h.student_unit, h.ahead);
   });
 
   value = 0;
@@ -928,16 +979,17 @@ size_t partial_bytes(const RelationJob& job) {
   });
 }
 
-double whole(const RelationJob& job, void* total, void* partial, void* scratch) {
+double whole(const RelationJob& job, const RelationJob* next, void* total, void* partial, void* scratch) {
   if (symmetric(job)) {
     double value;
     const bool done = with_symmetric_vectors(job, [&]<class V, class S, int vectors>() {
-      return symmetric_whole_of<V, S, vectors>(job, static_cast<typename V::scalar*>(total), scratch, value);
+      return symmetric_whole_of<V, S, vectors>(job, next, static_cast<typename V::scalar*>(total), scratch, value);
     });
     if (done) return value;
   }
-  return with_vectors(
-      job, [&]<class V, class S, int vectors>() { return whole_of<V, S, vectors>(job, total, partial, scratch); });
+  return with_vectors(job, [&]<class V, class S, int vectors>() {
+    return whole_of<V, S, vectors>(job, next, total, partial, scratch);
+  });
 }
 
 double chunk(const RelationJob& job, int64_t index, void* partial, void* scratch) {

@@ -53,8 +53,9 @@ struct AttentionRelationKernel {
   bool (*symmetric)(const RelationJob&);
   size_t (*scratch_bytes)(const RelationJob&);  // per thread, 64-byte aligned
   size_t (*partial_bytes)(const RelationJob&);  // gradient of all keys
-  // One sweep, all of it: returns the sum of the rows' values. `total` and `partial` are scratch too.
-  double (*whole)(const RelationJob&, void* total, void* partial, void* scratch);
+  // One sweep, all of it: returns the sum of the rows' values. `total` and `partial` are scratch too; `next` is the job
+  // that this thread will do next, or null.
+  double (*whole)(const RelationJob&, const RelationJob* next, void* total, void* partial, void* scratch);
   // The same in parts: value of a chunk's rows, grad_a of its rows written and grad_b left in `partial`; then the
   // partial sums added, then written.
   int64_t (*chunks)(const RelationJob&);
