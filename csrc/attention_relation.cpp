@@ -134,19 +134,15 @@ std::vector<double> run(const std::vector<RelationJob>& jobs) {
   std::atomic<size_t> next{0};
   if (!whole.empty())
     on_threads(threads, [&](int64_t) {
-      size_t scratch_size = 0, partial_size = 0;
-      Buffer scratch, partial, total;
+      size_t scratch_size = 0, total_size = 0;
+      Buffer scratch, total;
       for (size_t i = next++, after; i < whole.size(); i = after) {
         const RelationJob& job = jobs[whole[i]];
         after = next++;
         if (kernel.scratch_bytes(job) > scratch_size) scratch = Buffer(scratch_size = kernel.scratch_bytes(job));
-        if (kernel.partial_bytes(job) > partial_size) {
-          partial_size = kernel.partial_bytes(job);
-          partial = Buffer(partial_size);
-          total = Buffer(partial_size);
-        }
-        values[whole[i]] = kernel.whole(job, after < whole.size() ? &jobs[whole[after]] : nullptr, total.data,
-                                        partial.data, scratch.data);
+        if (kernel.partial_bytes(job) > total_size) total = Buffer(total_size = kernel.partial_bytes(job));
+        values[whole[i]] =
+            kernel.whole(job, after < whole.size() ? &jobs[whole[after]] : nullptr, total.data, scratch.data);
       }
     });
 
@@ -154,24 +150,24 @@ std::vector<double> run(const std::vector<RelationJob>& jobs) {
     const RelationJob& job = jobs[i];
     const size_t scratch_size = kernel.scratch_bytes(job);
     if (kernel.one_sweep(job)) {
-      const int64_t chunks = kernel.chunks(job), workers = std::min(threads, chunks);
+      const int64_t parts = kernel.parts(job), workers = std::min(threads, parts);
       std::vector<Buffer> partial(workers), scratch(workers);
-      std::vector<double> part(chunks);
+      std::vector<double> value(parts);
       Buffer total(kernel.partial_bytes(job));
       for (int64_t w = 0; w < workers; ++w) {
         partial[w] = Buffer(kernel.partial_bytes(job));
         scratch[w] = Buffer(scratch_size);
       }
-      for (int64_t wave = 0; wave < chunks; wave += workers) {
-        const int64_t count = std::min(workers, chunks - wave);
+      for (int64_t wave = 0; wave < parts; wave += workers) {
+        const int64_t count = std::min(workers, parts - wave);
         on_threads(count, [&](int64_t w) {
-          part[wave + w] = kernel.chunk(job, wave + w, (wave + w == 0 ? total : partial[w]).data, scratch[w].data);
+          value[wave + w] = kernel.part(job, wave + w, total.data, partial[w].data, scratch[w].data);
         });
         if (job.grad_b.data != nullptr)
-          for (int64_t w = wave == 0 ? 1 : 0; w < count; ++w) kernel.add(job, total.data, partial[w].data);
+          for (int64_t w = wave == 0 ? 1 : 0; w < count; ++w) kernel.add(job, wave + w, total.data, partial[w].data);
       }
       if (job.grad_b.data != nullptr) kernel.write_keys(job, total.data);
-      for (const double x : part) values[i] += x;
+      for (const double x : value) values[i] += x;
       continue;
     }
     const int64_t blocks = kernel.blocks(job);

@@ -433,7 +433,7 @@ struct Head {
   // f(first row, last row + 1, whether causality masks some of it): the keys [begin, end) that a block sees, whose
   // first query is `query`.
   template <class Function>
-  void parts(int64_t begin, int64_t end, int64_t query, Function f) const {
+  void spans(int64_t begin, int64_t end, int64_t query, Function f) const {
     const int64_t open = job.causal ? larger(begin, smaller(end, query + 1)) : end;
     if (begin < open) f(begin, open, false);
     if (open < end) f(open, end, true);
@@ -445,7 +445,7 @@ struct Head {
   }
 
   void find_tops(int64_t begin, int64_t end, int64_t query, int64_t row) {
-    parts(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
+    spans(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
       const int64_t at = (row + low - begin) * lanes;
       const auto run = masked ? maxima<V, vectors, true> : maxima<V, vectors, false>;
       run(teacher_tile + at, low, high, query, top_t);
@@ -471,7 +471,7 @@ struct Head {
   }
 
   void exponentiate(int64_t begin, int64_t end, int64_t query, int64_t row) {
-    parts(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
+    spans(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
       const int64_t at = (row + low - begin) * lanes;
       const auto run = masked ? exponentials<V, vectors, true, pairs> : exponentials<V, vectors, false, pairs>;
       run(teacher_tile + at, student_tile + at, low, high, query, teacher_unit, student_unit, top_t, top_s, sums,
@@ -522,50 +522,45 @@ struct Head {
   RowsOf<F> student_rows;
 };
 
-int64_t chunk_rows(int64_t n) { return larger(128, round_up((n + 7) / 8, 64)); }
-
-template <class V, class S, int vectors>
-double chunk_of(Head<V, S, vectors>& h, int64_t chunk, typename V::scalar* partial) {
-  using F = typename V::scalar;
-  const RelationJob& job = h.job;
-  constexpr int64_t lanes = vectors * V::width;
-  const bool gradient = job.grad_a.data != nullptr;
-  const int64_t begin = chunk * chunk_rows(h.n), end = smaller(h.n, begin + chunk_rows(h.n));
-  if (gradient && job.causal) __builtin_memset(partial, 0, h.n * h.padded * sizeof(F));
-  double total = 0;
-  for (int64_t i = begin; i < end; i += lanes) {
-    const int64_t count = smaller(lanes, end - i), keys = job.causal ? i + count : h.n;
-    const RowsOf<F> queries = h.load_queries(i, count);
-    for (int64_t j = 0; j < keys; j += h.keys_at_once) h.scores(j, smaller(h.keys_at_once, keys - j), j);
-    h.clear_sums();
-    h.find_tops(0, keys, i, 0);
-    h.exponentiate(0, keys, i, 0);
-    total += h.finish_rows(i, count);
-    if (!gradient) continue;
-    differences<V, vectors>(h.teacher_tile, h.student_tile, keys, h.factor_t, h.factor_s);
-    using Plain = Multiply<V>;
-    for (int64_t j = 0; j < keys; j += h.keys_at_once) {
-      const RowsOf<F> rows = h.load_keys(j, smaller(h.keys_at_once, keys - j));
-      gemm<Plain>(h.student_size, lanes, smaller(h.keys_at_once, keys - j), rows.data, 1, rows.stride,
-                  h.student_tile + j * lanes, lanes, h.grad_columns, lanes, j > 0);
-    }
-    gemm<Plain>(keys, h.padded, count, h.student_tile, lanes, 1, queries.data, queries.stride, partial, h.padded,
-                job.causal || i > begin);
-    h.turn_gradient(count);
-    if (!job.self) {
-      write<V>(h.target(job.grad_a), i, count, h.grad_rows, h.padded);
-    } else {
-      F* own = partial + i * h.padded;
-      for (int64_t k = 0; k < count * h.padded; k += V::width)
-        (V::load(own + k) + V::load(h.grad_rows + k)).store(own + k);
-    }
-  }
-  return total;
-}
-
 template <class V>
 void add_up(typename V::scalar* total, const typename V::scalar* partial, int64_t count) {
   for (int64_t k = 0; k < count; k += V::width) (V::load(total + k) + V::load(partial + k)).store(total + k);
+}
+
+// One block of queries: value of its rows, their grad_a written, and its part of the gradient of the keys, added to
+// `total` where that is not null, else put to `partial` [n, padded]. A self relation has the part of the block's own
+// rows behind it.
+template <class V, class S, int vectors>
+double block_of(Head<V, S, vectors>& h, int64_t block, typename V::scalar* total, typename V::scalar* partial) {
+  using F = typename V::scalar;
+  using Plain = Multiply<V>;
+  const RelationJob& job = h.job;
+  constexpr int64_t lanes = vectors * V::width;
+  const int64_t i = block * lanes, count = smaller(lanes, h.n - i), keys = job.causal ? i + count : h.n;
+  const RowsOf<F> queries = h.load_queries(i, count);
+  for (int64_t j = 0; j < keys; j += h.keys_at_once) h.scores(j, smaller(h.keys_at_once, keys - j), j);
+  h.clear_sums();
+  h.find_tops(0, keys, i, 0);
+  h.exponentiate(0, keys, i, 0);
+  const double value = h.finish_rows(i, count);
+  if (job.grad_a.data == nullptr) return value;
+
+  differences<V, vectors>(h.teacher_tile, h.student_tile, keys, h.factor_t, h.factor_s);
+  for (int64_t j = 0; j < keys; j += h.keys_at_once) {
+    const RowsOf<F> rows = h.load_keys(j, smaller(h.keys_at_once, keys - j));
+    gemm<Plain>(h.student_size, lanes, smaller(h.keys_at_once, keys - j), rows.data, 1, rows.stride,
+                h.student_tile + j * lanes, lanes, h.grad_columns, lanes, j > 0);
+  }
+  gemm<Plain>(keys, h.padded, count, h.student_tile, lanes, 1, queries.data, queries.stride,
+              total != nullptr ? total : partial, h.padded, total != nullptr && (job.causal || block > 0));
+  h.turn_gradient(count);
+  if (!job.self)
+    write<V>(h.target(job.grad_a), i, count, h.grad_rows, h.padded);
+  else if (total != nullptr)
+    add_up<V>(total + i * h.padded, h.grad_rows, count * h.padded);
+  else
+    __builtin_memcpy(partial + h.n * h.padded, h.grad_rows, count * h.padded * sizeof(F));
+  return value;
 }
 
 template <class V, class S>
@@ -574,22 +569,21 @@ void write_keys_of(const RelationJob& job, const typename V::scalar* total) {
            round_up(job.student.size, V::width));
 }
 
-int64_t chunks(const RelationJob& job) {
-  return (job.sequence.count + chunk_rows(job.sequence.count) - 1) / chunk_rows(job.sequence.count);
+// Causal blocks leave keys out: what they add to has to be there.
+template <class V, class S, int vectors>
+void clear_total(const Head<V, S, vectors>& h, typename V::scalar* total) {
+  if (h.job.causal && h.job.grad_b.data != nullptr)
+    __builtin_memset(total, 0, h.n * h.padded * sizeof(typename V::scalar));
 }
 
 template <class V, class S, int vectors>
-double whole_of(const RelationJob& job, const RelationJob* next, void* total, void* partial, void* scratch) {
-  using F = typename V::scalar;
+double whole_of(const RelationJob& job, const RelationJob* next, typename V::scalar* total, void* scratch) {
   Head<V, S, vectors> h(job, scratch);
   double value = 0;
   h.ahead = ahead_of<S>(next);
-  for (int64_t c = 0; c < chunks(job); ++c) {
-    value += chunk_of(h, c, static_cast<F*>(c == 0 ? total : partial));
-    if (c > 0 && job.grad_b.data != nullptr)
-      add_up<V>(static_cast<F*>(total), static_cast<const F*>(partial), h.n * h.padded);
-  }
-  if (job.grad_b.data != nullptr) write_keys_of<V, S>(job, static_cast<const F*>(total));
+  clear_total(h, total);
+  for (int64_t block = 0; block * h.lanes < h.n; ++block) value += block_of(h, block, total, nullptr);
+  if (job.grad_b.data != nullptr) write_keys_of<V, S>(job, total);
   return value;
 }
 
@@ -895,9 +889,7 @@ bool symmetric_whole_of(const RelationJob& job, const RelationJob* next, typenam
     const RowsOf<F> keys = h.load_keys(i, n - i);
     gemm<Plain>(h.student_size, lanes, n - i, keys.data, 1, keys.stride, tile, lanes, h.grad_columns, lanes, false);
     h.turn_gradient(count);
-    F* own = total + i * h.padded;
-    for (int64_t k = 0; k < count * h.padded; k += V::width)
-      (V::load(own + k) + V::load(h.grad_rows + k)).store(own + k);
+    add_up<V>(total + i * h.padded, h.grad_rows, count * h.padded);
     const RowsOf<F> queries = numbers<V>(h.student_a, i, count, h.padded, false, h.query_rows);
     gemm<Plain>(n - i - count, h.padded, count, tile + count * lanes, lanes, 1, queries.data, queries.stride,
                 total + (i + count) * h.padded, h.padded, true);
@@ -974,12 +966,14 @@ size_t scratch_bytes(const RelationJob& job) {
 }
 
 size_t partial_bytes(const RelationJob& job) {
-  return with_types(job, [&]<class V, class S>() {
-    return static_cast<size_t>(job.sequence.count * round_up(job.student.size, V::width)) * sizeof(typename V::scalar);
+  return with_vectors(job, [&]<class V, class S, int vectors>() {
+    constexpr int64_t lanes = vectors * V::width;
+    return static_cast<size_t>((job.sequence.count + lanes) * round_up(job.student.size, V::width)) *
+           sizeof(typename V::scalar);
   });
 }
 
-double whole(const RelationJob& job, const RelationJob* next, void* total, void* partial, void* scratch) {
+double whole(const RelationJob& job, const RelationJob* next, void* total, void* scratch) {
   if (symmetric(job)) {
     double value;
     const bool done = with_symmetric_vectors(job, [&]<class V, class S, int vectors>() {
@@ -988,27 +982,42 @@ double whole(const RelationJob& job, const RelationJob* next, void* total, void*
     if (done) return value;
   }
   return with_vectors(job, [&]<class V, class S, int vectors>() {
-    return whole_of<V, S, vectors>(job, next, total, partial, scratch);
+    return whole_of<V, S, vectors>(job, next, static_cast<typename V::scalar*>(total), scratch);
   });
 }
 
-double chunk(const RelationJob& job, int64_t index, void* partial, void* scratch) {
+double part(const RelationJob& job, int64_t block, void* total, void* partial, void* scratch) {
   return with_vectors(job, [&]<class V, class S, int vectors>() {
+    using F = typename V::scalar;
     Head<V, S, vectors> head(job, scratch);
-    return chunk_of(head, index, static_cast<typename V::scalar*>(partial));
+    if (block > 0) return block_of(head, block, static_cast<F*>(nullptr), static_cast<F*>(partial));
+    clear_total(head, static_cast<F*>(total));
+    return block_of(head, block, static_cast<F*>(total), static_cast<F*>(nullptr));
   });
 }
 
-void add(const RelationJob& job, void* total, const void* partial) {
-  with_types(job, [&]<class V, class S>() {
+void add(const RelationJob& job, int64_t block, void* total_, const void* partial_) {
+  with_vectors(job, [&]<class V, class S, int vectors>() {
     using F = typename V::scalar;
-    add_up<V>(static_cast<F*>(total), static_cast<const F*>(partial),
-              job.sequence.count * round_up(job.student.size, V::width));
+    constexpr int64_t lanes = vectors * V::width;
+    const int64_t n = job.sequence.count, padded = round_up(job.student.size, V::width), i = block * lanes;
+    const int64_t count = smaller(lanes, n - i), keys = job.causal ? i + count : n;
+    F* total = static_cast<F*>(total_);
+    const F* partial = static_cast<const F*>(partial_);
+    add_up<V>(total, partial, keys * padded);
+    if (job.self) add_up<V>(total + i * padded, partial + n * padded, count * padded);
   });
 }
 
 void write_keys(const RelationJob& job, const void* total) {
   with_types(job, [&]<class V, class S>() { write_keys_of<V, S>(job, static_cast<const typename V::scalar*>(total)); });
+}
+
+int64_t parts(const RelationJob& job) {
+  return with_vectors(job, [&]<class V, class S, int vectors>() {
+    constexpr int64_t lanes = vectors * V::width;
+    return (job.sequence.count + lanes - 1) / lanes;
+  });
 }
 
 int64_t blocks(const RelationJob& job) {
@@ -1037,7 +1046,7 @@ void block_gradient(const RelationJob& job, int64_t block, const void* statistic
 }  // namespace
 
 extern const AttentionRelationKernel attention_relation = {
-    one_sweep,  symmetric, scratch_bytes,    partial_bytes,    whole,         chunks, chunk, add,
+    one_sweep,  symmetric, scratch_bytes,    partial_bytes,    whole,         parts, part, add,
     write_keys, blocks,    statistics_bytes, block_statistics, block_gradient};
 
 }  // namespace pyd::PYD_ISA

@@ -44,23 +44,23 @@ struct RelationJob {
   void* row_loss;           // [N] value of each query row, float (double for f64), or null
 };
 
-// A job's query rows are taken in chunks whose number depends on the sequence alone. Each leaves the gradient of the
-// keys as a partial sum; adding those up in order gives the same bits whoever computed them.
+// A job's query rows are taken in blocks whose size depends on the job alone. Each adds to the gradient of the keys, in
+// order; a part computed elsewhere and added later gives the same bits.
 struct AttentionRelationKernel {
-  // Whether the job is done in one sweep with partial sums, or (long sequences) in several that need none.
+  // Whether the job is done in one sweep, or (long sequences) in several, which need no gradient of all keys at once.
   bool (*one_sweep)(const RelationJob&);
   // Whether the job is to be done as a whole even where threads idle: half the work, but not in parts.
   bool (*symmetric)(const RelationJob&);
   size_t (*scratch_bytes)(const RelationJob&);  // per thread, 64-byte aligned
-  size_t (*partial_bytes)(const RelationJob&);  // gradient of all keys
-  // One sweep, all of it: returns the sum of the rows' values. `total` and `partial` are scratch too; `next` is the job
-  // that this thread will do next, or null.
-  double (*whole)(const RelationJob&, const RelationJob* next, void* total, void* partial, void* scratch);
-  // The same in parts: value of a chunk's rows, grad_a of its rows written and grad_b left in `partial`; then the
-  // partial sums added, then written.
-  int64_t (*chunks)(const RelationJob&);
-  double (*chunk)(const RelationJob&, int64_t chunk, void* partial, void* scratch);
-  void (*add)(const RelationJob&, void* total, const void* partial);
+  size_t (*partial_bytes)(const RelationJob&);  // of `total` and of each `partial`
+  // One sweep, all of it: returns the sum of the rows' values. `next` is the job that this thread will do next, or
+  // null.
+  double (*whole)(const RelationJob&, const RelationJob* next, void* total, void* scratch);
+  // The same in parts. The first writes to `total`, any other to its own `partial`, which `add` adds when its turn has
+  // come; `write_keys` ends it.
+  int64_t (*parts)(const RelationJob&);
+  double (*part)(const RelationJob&, int64_t part, void* total, void* partial, void* scratch);
+  void (*add)(const RelationJob&, int64_t part, void* total, const void* partial);
   void (*write_keys)(const RelationJob&, const void* total);
   // Several sweeps: blocks of tokens, first their row statistics (`statistics_bytes` in all), then their gradients.
   int64_t (*blocks)(const RelationJob&);

@@ -50,7 +50,7 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const typename M::Word* 
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sums[r][v] = accumulate ? V::load(c + r * c_row + v * V::width) : V::all(0);
+    for (int v = 0; v < vectors; ++v) sums[r][v] = V::all(0);
   for (int64_t k = 0; k < depth; ++k) {
     typename M::Operand right[vectors];
 #pragma GCC unroll 4
@@ -65,7 +65,10 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const typename M::Word* 
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sums[r][v].store(c + r * c_row + v * V::width);
+    for (int v = 0; v < vectors; ++v) {
+      typename V::scalar* at = c + r * c_row + v * V::width;
+      (accumulate ? V::load(at) + sums[r][v] : sums[r][v]).store(at);
+    }
 }
 
 PYD_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -99,7 +102,8 @@ void gemm_columns(int64_t rows, int64_t depth, const typename M::Word* a, int64_
 }
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns]. Element (r, k) of A is a[r * a_row + k * a_depth]; rows of B
-// and C lie b_row and c_row apart. `columns` is a multiple of the vector width. The order of every sum is that of k.
+// and C lie b_row and c_row apart. `columns` is a multiple of the vector width. The order of every sum is that
+// of k; what C holds is added last, so that a product gives the same bits whether it is added here or later.
 template <class M>
 void gemm(int64_t rows, int64_t columns, int64_t depth, const typename M::Word* a, int64_t a_row, int64_t a_depth,
           const typename M::Word* b, int64_t b_row, typename M::Vector::scalar* c, int64_t c_row, bool accumulate) {
