@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +23,7 @@ EPILOG = "A median marked with ! is over samples during which other processes us
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark and returns the exit status: 0, or 1 if the correctness gate is red."""
-    benchmarks = _benchmarks()
-    parser = _parser(benchmarks)
+    parser = _parser()
     arguments = parser.parse_args(argv)
 
     import torch
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pydistill import _dispatch
     from pydistill.bench import compare, machine, rows
 
-    benchmark = benchmarks[arguments.loss]
+    benchmark = benchmarks()[arguments.loss]
     if arguments.from_csv is not None:
         line, measured = rows.read_csv(arguments.from_csv)
         _print_tables(measured)
@@ -72,21 +71,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _finish(arguments, benchmark, line, measured)
 
 
-def _benchmarks() -> dict[str, Benchmark]:
+def benchmarks() -> dict[str, Benchmark]:
+    """The benchmark of each loss."""
     from pydistill.bench import attention_relation, soft_target
 
     found: list[Benchmark] = [soft_target, attention_relation]
     return {benchmark.LOSS: benchmark for benchmark in found}
 
 
-def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pydistill bench",
         description="Time, memory and error of a loss, against eager, torch.compile and what the machine can do.",
         epilog="`pydistill bench LOSS --help` lists the options.",
     )
     losses = parser.add_subparsers(dest="loss", required=True, metavar="LOSS")
-    for loss, benchmark in benchmarks.items():
+    for loss, benchmark in benchmarks().items():
         _add_options(losses.add_parser(loss, help=f"benchmark of {loss}_loss", epilog=EPILOG), benchmark)
     return parser
 

@@ -224,7 +224,9 @@ def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
             ]
             colour = COLOURS.get(provider)
             bars = axes.bar(where, times, width, yerr=spread, label=provider, color=colour, ecolor="#555555")
-            axes.bar_label(bars, labels=[_significant(value) for value in times], fontsize=6, padding=1)
+            crowded = len(shapes) * len(providers) > 20
+            labels = [_significant(value) for value in times]
+            axes.bar_label(bars, labels=labels, fontsize=4.5 if crowded else 6, padding=1)
         first = members[0]
         title = f"{first.workload}, {first.dtype}, {first.threads} thread{'s' if first.threads > 1 else ''}"
         axes.set_title(title + (", THP_MEM_ALLOC_ENABLE=1" if first.thp_alloc else ""), fontsize=9)
@@ -235,8 +237,11 @@ def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
     figure.suptitle(rows[0].loss, fontsize=11, x=0.02, ha="left")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", fontsize=7, frameon=False, ncols=len(labels))
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    places = "outside upper right" if columns > 1 else "outside lower right"  # or it would cover the title
+    figure.legend(handles.values(), handles.keys(), loc=places, fontsize=7, frameon=False, ncols=len(handles))
     figure.supxlabel(machine, fontsize=5, color="#777777")
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=150, format="png")
