@@ -276,9 +276,9 @@ def relation_row(**changes) -> rows.Row:
 
 
 def test_a_run_of_a_relation_leaves_csv_markdown_and_picture(tmp_path, capsys):
-    """Relations across and self, padded and not, and relation heads that come out of twelve."""
+    """Relations across and self, padded and not, in bf16 too, and relation heads that come out of twelve."""
     providers = [name for name in HERE if name != "compile"]
-    arguments = [*FAST_RELATION, "--sizes", "3x24x10x4x2", "--providers", ",".join(providers)]
+    arguments = [*FAST_RELATION, "--dtypes", "fp32,bf16", "--sizes", "3x24x10x4x2", "--providers", ",".join(providers)]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     line, measured = rows.read_csv(tmp_path / "attention_relation.csv")
@@ -288,15 +288,15 @@ def test_a_run_of_a_relation_leaves_csv_markdown_and_picture(tmp_path, capsys):
         *(("qk", name) for name in across),
         *(("vv", name) for name in providers),
         *(("qk padded", name) for name in across),
-    ]
+    ] * 2
     for row in measured:
         assert row.shape == "3x24x10x4x2"
         assert row.megabytes is None
         if row.provider in compare.LIMITS:
             assert row.value_error is row.vs_eager is None
-        else:
+        elif row.provider.startswith("ours"):
             assert row.value_error < 2e-6
-            assert row.gradient_error < 2e-6
+            assert row.gradient_error < (2e-6 if row.dtype == "fp32" else 4e-3)
             assert row.gflop_per_s == pytest.approx(row.gigaflop / row.median_ms * 1e3, rel=1e-4)
     assert (tmp_path / "attention_relation.png").read_bytes().startswith(b"\x89PNG")
     assert "| GFLOP/s | % limit | % exp |" in (tmp_path / "attention_relation.md").read_text()
@@ -420,7 +420,7 @@ def test_targets_of_a_relation():
     assert judged(own) == {}
     assert judged(own, dataclasses.replace(own, provider="ours as cross", median_ms=65.0)) == {"times as cross": True}
     assert judged(own, dataclasses.replace(own, provider="ours as cross", median_ms=63.0)) == {"times as cross": False}
-    for milliseconds, met in ((17.0, True), (18.0, False)):
+    for milliseconds, met in ((21.0, True), (22.0, False)):
         padded = dataclasses.replace(row, workload="qk padded", gigaflop=8.05 / 3, median_ms=milliseconds)
         assert judged(row, padded)["share of the time without padding (0.33 of the work)"] is met
     assert judged(relation_row(shape="1x1x2048x64x32", percent_of_limit=55.0)) == {"% of limit": False}
