@@ -237,11 +237,16 @@ def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
     figure.suptitle(rows[0].loss, fontsize=11, x=0.02, ha="left")
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    places = "outside upper right" if columns > 1 else "outside lower right"  # or it would cover the title
-    figure.legend(handles.values(), handles.keys(), loc=places, fontsize=7, frameon=False, ncols=len(handles))
+    found = (axes.get_legend_handles_labels() for axes in figure.axes)
+    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside upper right" if columns > 1 else "outside lower right",  # or it would cover the title
+        fontsize=7,
+        frameon=False,
+        ncols=len(handles),
+    )
     figure.supxlabel(machine, fontsize=5, color="#777777")
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=150, format="png")
