@@ -16,7 +16,7 @@
 #   PIP_ARGS='...'        options for every pip install, e.g. an extra index that has PyTorch's CPU builds
 #   TEST_ARGS='-k name'   options for pytest
 #   DEMO_ARGS='--overwrite'   options for `pydistill run bilstm-demo`; --resume unless given
-#   BENCH_ARGS='--quick'      options for `pydistill bench soft_target`; --thp unless given
+#   BENCH_ARGS='--quick'      options for every `pydistill bench LOSS`; --thp unless given
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -66,6 +66,7 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/pydistill bench soft_target $(BENCH_ARGS)
+	$(BIN)/pydistill bench attention_relation $(BENCH_ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/tables.py

@@ -45,13 +45,18 @@ void stream(uintptr_t a, uintptr_t b, uintptr_t out, int64_t n) {
   });
 }
 
-double multiply_add(int64_t iterations) {
+// The same loop on every thread; returns what all of them did.
+double on_all_threads(double (*loop)(int64_t), int64_t iterations) {
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pyd::kernels().limits.multiply_add(iterations);
+    for (int64_t i = begin; i < end; ++i) loop(iterations);
   });
-  return pyd::kernels().limits.multiply_add(1) * static_cast<double>(iterations * threads);
+  return loop(1) * static_cast<double>(iterations * threads);
 }
+
+double multiply_add(int64_t iterations) { return on_all_threads(pyd::kernels().limits.multiply_add, iterations); }
+
+double exponentials(int64_t iterations) { return on_all_threads(pyd::kernels().limits.exponentials, iterations); }
 
 }  // namespace
 
@@ -67,4 +72,6 @@ PYBIND11_MODULE(_C, m) {
         "the memory limit of a loss that reads two tensors and writes one.");
   m.def("multiply_add", &multiply_add, pybind11::arg("iterations"),
         "Fused multiply-adds on registers, on all threads; returns the number of floating-point operations done.");
+  m.def("exponentials", &exponentials, pybind11::arg("iterations"),
+        "Exponentials of numbers in registers, on all threads; returns the number of exponentials done.");
 }

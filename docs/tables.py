@@ -7,7 +7,7 @@ A page says where a table goes and what it is made from, paths relative to the r
     (this part is generated)
     <!-- end of table -->
 
-`speed` is the csv of `pydistill bench`, in short; `bench` is all of it; `run` is the metrics.json of a finished run.
+`speed` is a csv of `pydistill bench`, in short; `bench` is all of it; `run` is the metrics.json of a finished run.
 The last two come with the picture of the same name beside the raw file. A table without its raw file stays empty.
 """
 
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydistill.bench import rows
+from pydistill.bench import benchmarks, rows
 from pydistill.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,37 +65,44 @@ def grid(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
+SPEED_PROVIDERS = {"eager": "eager", "compile": "torch.compile", "ours": "ours", "ours in place": "ours, in place"}
+
+
 def speed(page: Path, source: Path) -> str:
-    """One line per problem: KL, default page setting, the largest thread count."""
+    """One line per problem: the first workload, default page setting, the largest thread count."""
     machine, measured = rows.read_csv(source)
     threads = max(row.threads for row in measured)
+    first = measured[0]
+    names = [name for name in SPEED_PROVIDERS if any(row.provider == name for row in measured)]
     lines: list[tuple[str, ...]] = [
         (
-            "rows x classes",
+            " x ".join(benchmarks()[first.loss].SIZE_NAMES),
             "dtype",
-            "eager",
-            "torch.compile",
-            "ours",
-            "ours, in place",
+            *(SPEED_PROVIDERS[name] for name in names),
             "faster than",
             "extra memory, MiB",
         ),
     ]
     for group in rows.by_problem(row for row in measured if row.threads == threads and not row.thp_alloc):
         by = {row.provider: row for row in group}
-        if group[0].workload != "kl" or not {"eager", "compile", "ours", "ours in place"} <= set(by):
+        best = by.get(names[-1])
+        if group[0].workload != first.workload or best is None:
             continue
-        best = by["ours in place"]
         lines.append(
             (
                 group[0].shape.replace("x", " x "),
                 group[0].dtype,
-                *(f"{by[name].median_ms:.3g} ms" for name in ("eager", "compile", "ours", "ours in place")),
-                f"{best.vs_eager or 0:.0f}x / {best.vs_compile or 0:.0f}x",
-                " / ".join(f"{by[name].extra_mib or 0:.0f}" for name in ("eager", "compile", "ours", "ours in place")),
+                *(f"{by[name].median_ms:.3g} ms" if name in by else "-" for name in names),
+                f"{times(best.vs_eager)} / {times(best.vs_compile)}",
+                " / ".join(f"{by[name].extra_mib or 0:.0f}" if name in by else "-" for name in names),
             )
         )
     return grid(lines) + f"\n\nMeasured on: {machine}; {threads} threads."
+
+
+def times(ratio: float | None) -> str:
+    """A ratio with at least two digits."""
+    return "-" if ratio is None else f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
 
 
 def bench(page: Path, source: Path) -> str:

@@ -23,7 +23,7 @@ pydistill: distil a Transformer into a small, fast student.
   pydistill evaluate TASKS --model FOLDER    fine-tune and score an encoder on labelled tasks, over several seeds
   pydistill report FOLDER                draw the report of a finished run again
   pydistill augment IN OUT --text-columns sentence    write synthetic sentences
-  pydistill bench soft_target            time the kernels against eager and compiled PyTorch
+  pydistill bench LOSS                   time the kernels against eager and compiled PyTorch
   pydistill env                          what is installed and which kernels are used
 
 `pydistill COMMAND --help` says more. Errors of use exit with status 2.

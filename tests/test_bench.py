@@ -10,7 +10,9 @@ import pytest
 import torch
 from cases import IMPLEMENTATIONS
 
-from pydistill.bench import machine, main, measure, rows, soft_target
+from pydistill import _dispatch
+from pydistill.bench import attention_relation, compare, machine, main, measure, rows, soft_target
+from pydistill.losses import attention_relation as relation_module
 from pydistill.losses import soft_target as loss_module
 
 needs_kernel = pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="PYDISTILL_NATIVE=0: no compiled kernel")
@@ -27,6 +29,8 @@ FAST = [
     "1",
 ]
 NOT_COMPILED = ["--providers", "eager,ours,limit"]
+FAST_RELATION = [*("attention_relation", "--dtypes", "fp32", "--quick", "--budget", "0.2", "--threads", "1")]
+HERE = attention_relation.providers_here()
 
 
 def example_row(**changes) -> rows.Row:
@@ -216,6 +220,9 @@ def test_targets_judge_what_they_promise():
         (["soft_target", "--dtypes", "fp32,int8"], "expected some of fp32,bf16,fp16, got 'int8'"),
         (["soft_target", "--threads", "0"], "expected a positive whole number, got '0'"),
         (["soft_target", "--providers", "theirs"], "got 'theirs'"),
+        (["attention_relation", "--sizes", "32x12x128"], "expected BATCHxHEADSxPOSITIONSxTEACHERxSTUDENT"),
+        (["attention_relation", "--providers", "ours in place"], "got 'ours in place'"),
+        (["attention_relation", "--workloads", "kl"], "expected some of qk,vv,qk padded, got 'kl'"),
         (["no_such_loss"], "invalid choice: 'no_such_loss'"),
     ],
 )
@@ -223,6 +230,14 @@ def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_limits_need_the_compiled_extension(monkeypatch, capsys):
+    monkeypatch.setattr(_dispatch, "native", None)
+    assert attention_relation.providers_here() == ["eager", "compile", "ours", "ours as cross"]
+    with pytest.raises(SystemExit):
+        main(["attention_relation", "--providers", "ours,limit"])
+    assert "provider 'limit' needs the compiled extension" in capsys.readouterr().err
 
 
 def test_machine_line(tmp_path):
@@ -252,3 +267,160 @@ def test_in_a_process_with_huge_pages(tmp_path):
     assert [(row.thp_alloc, row.provider) for row in measured] == [
         (thp, provider) for thp in (0, 1) for provider in ("eager", "ours", "limit")
     ]
+
+
+def relation_row(**changes) -> rows.Row:
+    size = {"loss": "attention_relation", "workload": "qk", "shape": "8x12x512x64x32", "megabytes": None}
+    rates = {"gb_per_s": None, "gigaflop": 8.05, "gflop_per_s": 170.0, "percent_of_exponentials": 10.0}
+    return example_row(**{**size, **rates, "provider": "ours", "percent_of_limit": 81.0, "vs_eager": 13.0, **changes})
+
+
+def test_a_run_of_a_relation_leaves_csv_markdown_and_picture(tmp_path, capsys):
+    """Relations across and self, padded and not, in bf16 too, and relation heads that come out of twelve."""
+    providers = [name for name in HERE if name != "compile"]
+    arguments = [*FAST_RELATION, "--dtypes", "fp32,bf16", "--sizes", "3x24x10x4x2", "--providers", ",".join(providers)]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    line, measured = rows.read_csv(tmp_path / "attention_relation.csv")
+    assert line in printed
+    across = [name for name in providers if name != "ours as cross"]
+    assert [(row.workload, row.provider) for row in measured] == [
+        *(("qk", name) for name in across),
+        *(("vv", name) for name in providers),
+        *(("qk padded", name) for name in across),
+    ] * 2
+    for row in measured:
+        assert row.shape == "3x24x10x4x2"
+        assert row.megabytes is None
+        if row.provider in compare.LIMITS:
+            assert row.value_error is row.vs_eager is None
+        elif row.provider.startswith("ours"):
+            assert row.value_error < 2e-6
+            assert row.gradient_error < (2e-6 if row.dtype == "fp32" else 4e-3)
+            assert row.gflop_per_s == pytest.approx(row.gigaflop / row.median_ms * 1e3, rel=1e-4)
+    assert (tmp_path / "attention_relation.png").read_bytes().startswith(b"\x89PNG")
+    assert "| GFLOP/s | % limit | % exp |" in (tmp_path / "attention_relation.md").read_text()
+    assert max(map(len, printed.split("targets")[0].splitlines()[2:-1])) <= 130
+    again = tmp_path / "again"
+    assert (
+        main(["attention_relation", "--from-csv", str(tmp_path / "attention_relation.csv"), "--out", str(again)]) == 0
+    )
+    assert (again / "attention_relation.md").read_text() == (tmp_path / "attention_relation.md").read_text()
+
+
+@needs_kernel
+def test_a_relation_by_all_providers_and_its_memory(tmp_path):
+    """The eager loss keeps nine matrices of 16 MiB, ours the gradient and its tiles."""
+    arguments = [*FAST_RELATION, "--sizes", "1x4x1024x32x16", "--workloads", "vv"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    measured = {row.provider: row for row in rows.read_csv(tmp_path / "attention_relation.csv")[1]}
+    assert list(measured) == list(attention_relation.PROVIDERS)
+    assert max(measured[name].gradient_error for name in ("eager", "compile", "ours", "ours as cross")) < 3e-6
+    assert 64 < measured["eager"].extra_mib < attention_relation.MATRICES["eager"] * 16 + 16
+    assert measured["ours"].extra_mib < 6
+    assert measured["ours"].vs_compile == pytest.approx(
+        measured["compile"].median_ms / measured["ours"].median_ms, rel=1e-3
+    )
+    assert measured["ours"].percent_of_exponentials == pytest.approx(
+        100 * measured["exponentials"].median_ms / measured["ours"].median_ms, rel=1e-3
+    )
+
+
+def test_a_red_gate_reports_no_time_of_a_relation(tmp_path, monkeypatch, capsys):
+    right = relation_module.attention_relation_loss
+    for wrong in (
+        lambda *args, **more: right(*args, **more) * 1.001,
+        lambda a, *rest, **more: right(a, *rest, **more) + 1e-5 * (a - a.detach()).sum(),
+    ):
+        monkeypatch.setattr(relation_module, "attention_relation_loss", wrong)
+        arguments = [*FAST_RELATION, "--sizes", "2x2x10x4x2", "--providers", "eager,ours", "--out", str(tmp_path)]
+        assert main(arguments) == 1
+        captured = capsys.readouterr()
+        assert "the correctness gate is red" in captured.err
+        assert "median ms" not in captured.out
+    assert not (tmp_path / "attention_relation.csv").exists()
+
+
+def test_operations_by_formula():
+    """2 B A N^2 (dt + 3 ds); half of it for a self relation; of padded sequences their own n^2."""
+    size = (4, 3, 10, 8, 5)
+    full = 2 * 4 * 3 * 100 * (8 + 3 * 5)
+    across = attention_relation.Problem.random(size, torch.bfloat16, "qk")
+    assert across.operations() == full
+    assert across.pairs() == 4 * 3 * 100
+    assert across.operations(pairs_of_bf16=True) == full - 4 * 3 * 100 * (8 + 5)
+    assert attention_relation.Problem.random(size, torch.float32, "vv").operations() == full // 2
+    padded = attention_relation.Problem.random(size, torch.float32, "qk padded")
+    lengths = padded.mask.sum(-1).tolist()
+    assert sorted(lengths) == [1, 4, 6, 9]
+    assert padded.pairs() == 3 * sum(length**2 for length in lengths)
+    split = attention_relation.Problem.random((4, 48, 10, 16, 8), torch.float32, "qk")
+    assert (split.student_a.shape, split.teacher_a.shape) == ((4, 12, 10, 32), (4, 12, 10, 64))
+    assert split.operations() == 2 * 4 * 48 * 100 * (16 + 3 * 8)
+
+
+@pytest.mark.parametrize("workload", attention_relation.WORKLOADS)
+@pytest.mark.parametrize("size", [(3, 2, 9, 6, 4), (3, 24, 9, 4, 2)])
+def test_plain_relation_is_the_reference(workload, size):
+    problem = attention_relation.Problem.random(size, torch.float32, workload)
+    expected = relation_module.attention_relation_reference(
+        *problem.arguments, mask=problem.mask, relation_heads=problem.relation_heads
+    )
+    plain = attention_relation.plain_loss(*problem.arguments, problem.mask, problem.relation_heads)
+    torch.testing.assert_close(plain, expected)
+
+
+def test_the_gate_takes_a_part(monkeypatch):
+    """Tokens first, then heads (with the relation heads that come out of them), then sequences."""
+    monkeypatch.setattr(attention_relation, "GATE_PAIRS", 400)
+    for size, batch, heads, positions, relation_heads in [
+        ((5, 2, 10, 4, 2), 2, 2, 10, None),
+        ((5, 24, 10, 4, 2), 1, 2, 10, 4),
+        ((5, 3, 50, 4, 2), 1, 1, 20, None),
+    ]:
+        part = attention_relation.Problem.random(size, torch.float32, "qk padded").part()
+        assert part.student_a.shape[:3] == (batch, heads, positions)
+        assert part.relation_heads == relation_heads
+        assert part.mask.shape == (batch, positions)
+
+
+def test_what_needs_too_much_memory_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(attention_relation, "MEMORY_LIMIT", 5 * 2 * 3 * 64 * 4)  # between 3 and 9 matrices
+    found = attention_relation.workloads((2, 3, 8, 4, 2), torch.float32, ["qk"], ["eager", "ours"])
+    assert list(found[0].variants) == (["ours"] if "cpp" in IMPLEMENTATIONS else [])
+    assert "2x3x8x4x2 torch.float32: without eager" in capsys.readouterr().err
+
+
+def test_sizes_of_the_documentation():
+    chosen = attention_relation.cases(None, list(attention_relation.WORKLOADS), quick=False)
+    assert chosen[0] == ((32, 12, 128, 64, 32), ["qk", "vv", "qk padded"])
+    assert chosen[3] == ((32, 48, 128, 16, 8), ["qk", "vv"])
+    assert chosen[-1] == ((1, 1, 2048, 64, 32), ["qk"])
+    assert [size for size, _ in attention_relation.cases(None, ["qk padded"], quick=False)] == [(32, 12, 128, 64, 32)]
+    assert attention_relation.cases([(1, 2, 3, 4, 5)], ["vv"], quick=True) == [((1, 2, 3, 4, 5), ["vv"])]
+
+
+@needs_kernel
+def test_limits_count_what_they_do():
+    for loop in (_dispatch.native.multiply_add, _dispatch.native.exponentials):
+        assert loop(1000) == 1000 * loop(1)
+    start = time.perf_counter()
+    _dispatch.native.exponentials(1_000_000)
+    assert time.perf_counter() - start > 1e-3  # 16 million or more: the compiler must not have seen through it
+
+
+def test_targets_of_a_relation():
+    def judged(*given: rows.Row) -> dict[str, bool]:
+        return {target.text.split("2T, ")[-1]: target.met for target in attention_relation.targets(given)}
+
+    row = relation_row(vs_compile=4.2)
+    assert judged(row) == {"times eager": True, "times compile": False, "% of limit": True}
+    assert "% of limit" not in judged(dataclasses.replace(row, dtype="bf16"))
+    own = dataclasses.replace(row, workload="vv")
+    assert judged(own) == {}
+    assert judged(own, dataclasses.replace(own, provider="ours as cross", median_ms=65.0)) == {"times as cross": True}
+    assert judged(own, dataclasses.replace(own, provider="ours as cross", median_ms=63.0)) == {"times as cross": False}
+    for milliseconds, met in ((21.0, True), (22.0, False)):
+        padded = dataclasses.replace(row, workload="qk padded", gigaflop=8.05 / 3, median_ms=milliseconds)
+        assert judged(row, padded)["share of the time without padding (0.33 of the work)"] is met
+    assert judged(relation_row(shape="1x1x2048x64x32", percent_of_limit=55.0)) == {"% of limit": False}

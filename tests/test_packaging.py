@@ -301,9 +301,11 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "train_dataset": tiny_rows(8),
         "tokenizer": tiny_tokenizer(),
     }
-    loss_example, training_example = readme_blocks()
+    loss_example, relation_example, training_example = readme_blocks()
     exec(loss_example, names)
     assert names["student_logits"].grad.abs().sum() > 0
+    exec(relation_example, names)
+    assert names["student_q"].grad.abs().sum() > 0
     exec(training_example, names)
     assert names["trainer"].state.global_step == 1
 

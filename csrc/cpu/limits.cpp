@@ -47,8 +47,31 @@ double multiply_add(int64_t iterations) {
   return 2.0 * chains * Floats::width * static_cast<double>(iterations);
 }
 
+double exponentials(int64_t iterations) {
+  constexpr int chains = 4;
+  Floats x[chains];
+#pragma GCC unroll 4
+  for (int i = 0; i < chains; ++i) x[i] = Floats::all(-0.3f * static_cast<float>(i));
+  for (int64_t k = 0; k < iterations; ++k) {
+#pragma GCC unroll 4
+    for (int i = 0; i < chains; ++i) {
+      // As if each number were new and each exponential were used; or the compiler computes them once, or never.
+#if defined(__x86_64__)
+      asm volatile("" : "+v"(x[i].v));
+      const Floats y = exp2(x[i]);
+      asm volatile("" : : "v"(y.v));
+#else
+      asm volatile("" : "+m"(x[i].v));
+      const Floats y = exp2(x[i]);
+      asm volatile("" : : "m"(y.v));
+#endif
+    }
+  }
+  return static_cast<double>(chains * Floats::width) * static_cast<double>(iterations);
+}
+
 }  // namespace
 
-extern const LimitKernels limits = {stream, multiply_add};
+extern const LimitKernels limits = {stream, multiply_add, exponentials};
 
 }  // namespace pyd::PYD_ISA

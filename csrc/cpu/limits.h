@@ -9,6 +9,7 @@ namespace pyd {
 struct LimitKernels {
   void (*stream)(const float* a, const float* b, float* out, int64_t n);  // out = a + b with non-temporal stores
   double (*multiply_add)(int64_t iterations);                             // returns the floating-point operations done
+  double (*exponentials)(int64_t iterations);                             // returns the exponentials done
 };
 
 namespace avx512 {

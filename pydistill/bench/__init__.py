@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of the losses: `pydistill bench soft_target`, or `main(argv)` from Python."""
+"""Benchmarks of the losses: `pydistill bench LOSS`, or `main(argv)` from Python."""
 
 from __future__ import annotations
 
@@ -11,38 +11,48 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydistill.bench.compare import Benchmark, Size
+    from pydistill.bench.rows import Row
 
 THP_SWITCH = "THP_MEM_ALLOC_ENABLE"  # read by torch's CPU allocator: asks the kernel for transparent huge pages
+EPILOG = "A median marked with ! is over samples during which other processes used the CPU."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark and returns the exit status: 0, or 1 if the correctness gate is red."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
 
     import torch
 
     from pydistill import _dispatch
-    from pydistill.bench import machine, rows, soft_target
+    from pydistill.bench import compare, machine, rows
 
+    benchmark = benchmarks()[arguments.loss]
     if arguments.from_csv is not None:
         line, measured = rows.read_csv(arguments.from_csv)
         _print_tables(measured)
-        return _finish(arguments, line, measured)
+        return _finish(arguments, benchmark, line, measured)
 
-    sizes = arguments.sizes or (soft_target.QUICK_SIZES if arguments.quick else soft_target.SIZES)
+    providers = arguments.providers or benchmark.providers_here()
+    for provider in providers:
+        if provider not in benchmark.providers_here():
+            parser.error(f"provider {provider!r} needs the compiled extension: {_dispatch.native_reason}")
     threads = arguments.threads or [torch.get_num_threads()]
     line = machine.line(machine.describe())
     thp_alloc = int(os.environ.get(THP_SWITCH, "0") == "1")
-    providers = arguments.providers or soft_target.providers_here()
-    ours = _dispatch.resolve(soft_target.LOSS, torch.device("cpu"))
-    print(f"machine: {line}\nours: {ours}; limit: {soft_target.limit_name()}", flush=True)
+    ours = _dispatch.resolve(benchmark.LOSS, torch.device("cpu"))
+    print(f"machine: {line}\nours: {ours}; limit: {benchmark.limit_name()}", flush=True)
     measured = []
     try:
-        for group in soft_target.measure(
-            sizes,
+        for group in compare.measure(
+            benchmark,
+            benchmark.cases(arguments.sizes, arguments.workloads, quick=arguments.quick),
             arguments.dtypes,
             threads,
-            arguments.workloads,
             providers,
             thp_alloc=thp_alloc,
             repetitions=arguments.repetitions or (3 if arguments.quick else 7),
@@ -50,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             print("\n" + rows.table(group, bold=sys.stdout.isatty()), flush=True)
             measured.extend(group)
-    except soft_target.GateError as error:
+    except compare.GateError as error:
         print(f"the correctness gate is red, so no time is reported: {error}", file=sys.stderr)
         return 1
     if arguments.thp and not thp_alloc:
@@ -58,29 +68,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status != 0:
             return status
         measured.extend(repeated)
-    return _finish(arguments, line, measured)
+    return _finish(arguments, benchmark, line, measured)
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """The benchmark of each loss."""
+    from pydistill.bench import attention_relation, soft_target
+
+    found: list[Benchmark] = [soft_target, attention_relation]
+    return {benchmark.LOSS: benchmark for benchmark in found}
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pydistill.bench import soft_target
-
     parser = argparse.ArgumentParser(
         prog="pydistill bench",
-        description="Time, memory and error of a loss, against eager, torch.compile and memory speed.",
-        epilog="A median marked with ! is over samples during which other processes used the CPU.",
+        description="Time, memory and error of a loss, against eager, torch.compile and what the machine can do.",
+        epilog="`pydistill bench LOSS --help` lists the options.",
     )
+    losses = parser.add_subparsers(dest="loss", required=True, metavar="LOSS")
+    for loss, benchmark in benchmarks().items():
+        _add_options(losses.add_parser(loss, help=f"benchmark of {loss}_loss", epilog=EPILOG), benchmark)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
+    from pydistill.bench.compare import DTYPES
+
     add = parser.add_argument
-    add("loss", choices=["soft_target"])
-    add("--sizes", type=_sizes, metavar="RxC,...", help="rows x classes, e.g. 4096x30522,65536x3")
-    add("--dtypes", type=_names(soft_target.DTYPES), default=["fp32", "bf16"], help="of fp32,bf16,fp16")
+    names = " x ".join(benchmark.SIZE_NAMES)
+    add("--sizes", type=_sizes(benchmark), metavar="SIZE,...", help=f"{names}, e.g. {benchmark.EXAMPLE_SIZE}")
+    add("--dtypes", type=_names(DTYPES), default=["fp32", "bf16"], help="of " + ",".join(DTYPES))
     add("--threads", type=_integers, metavar="N,...", help="thread counts (default: what torch uses)")
     add(
-        "--workloads", type=_names(soft_target.WORKLOADS), default=list(soft_target.WORKLOADS),
-        help="kl: KL alone at T=2; kl+ce: half hard-label cross-entropy",
+        "--workloads", type=_names(benchmark.WORKLOADS), default=list(benchmark.WORKLOADS),
+        help="; ".join(f"{name}: {what}" for name, what in benchmark.WORKLOADS.items()),
     )  # fmt: skip
     add(
-        "--providers", type=_names(soft_target.PROVIDERS),
-        help="of " + ",".join(soft_target.PROVIDERS) + " (default: all that this installation has)",
+        "--providers", type=_names(benchmark.PROVIDERS),
+        help="of " + ",".join(benchmark.PROVIDERS) + " (default: all that this installation has)",
     )  # fmt: skip
     add(
         "--repetitions",
@@ -92,17 +117,16 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="seconds per problem after which three samples must do (default 60, quick 3)",
     )
-    add("--quick", action="store_true", help="fewer rows and samples: minutes instead of a quarter of an hour")
+    add("--quick", action="store_true", help="smaller problems, fewer samples: minutes instead of a quarter of an hour")
     add("--thp", action="store_true", help=f"measure again in a process with {THP_SWITCH}=1")
     add("--out", type=Path, default=Path("bench-results"), help="folder for csv, markdown and png")
     add("--from-csv", type=Path, metavar="FILE", help="measure nothing: tables and picture of an earlier csv")
-    return parser
 
 
-def _finish(arguments: argparse.Namespace, line: str, measured: list) -> int:
-    from pydistill.bench import rows, soft_target
+def _finish(arguments: argparse.Namespace, benchmark: Benchmark, line: str, measured: list[Row]) -> int:
+    from pydistill.bench import rows
 
-    judged = soft_target.targets(measured)
+    judged = benchmark.targets(measured)
     if judged:
         print("\ntargets")
         for target in judged:
@@ -126,14 +150,14 @@ def _finish(arguments: argparse.Namespace, line: str, measured: list) -> int:
     return 0
 
 
-def _print_tables(measured: list) -> None:
+def _print_tables(measured: list[Row]) -> None:
     from pydistill.bench import rows
 
     for group in rows.by_problem(measured):
         print("\n" + rows.table(group, bold=sys.stdout.isatty()))
 
 
-def _again_with_huge_pages(argv: list[str]) -> tuple[int, list]:
+def _again_with_huge_pages(argv: list[str]) -> tuple[int, list[Row]]:
     """The same benchmark in a process of its own, because torch reads the switch once; returns its rows."""
     from pydistill.bench import rows
 
@@ -148,14 +172,21 @@ def _again_with_huge_pages(argv: list[str]) -> tuple[int, list]:
         return 0, rows.read_csv(next(Path(folder).glob("*.csv")))[1]
 
 
-def _sizes(text: str) -> list[tuple[int, int]]:
-    try:
-        sizes = [tuple(map(int, size.split("x"))) for size in text.split(",")]
-        if not all(len(size) == 2 and min(size) > 0 for size in sizes):
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected ROWSxCLASSES[,...] such as 4096x30522, got {text!r}") from None
-    return [(rows, classes) for rows, classes in sizes]
+def _sizes(benchmark: Benchmark) -> Callable[[str], list[Size]]:
+    form = "x".join(name.upper() for name in benchmark.SIZE_NAMES)
+
+    def parse(text: str) -> list[Size]:
+        try:
+            sizes = [tuple(map(int, size.split("x"))) for size in text.split(",")]
+            if not all(len(size) == len(benchmark.SIZE_NAMES) and min(size) > 0 for size in sizes):
+                raise ValueError
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected {form}[,...] such as {benchmark.EXAMPLE_SIZE}, got {text!r}"
+            ) from None
+        return sizes
+
+    return parse
 
 
 def _positive(text: str) -> int:

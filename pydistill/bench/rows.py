@@ -32,11 +32,15 @@ class Row:
     extra_mib: float | None
     value_error: float | None
     gradient_error: float | None
-    megabytes: float
-    gb_per_s: float
+    megabytes: float | None
+    gb_per_s: float | None
     percent_of_limit: float | None
     vs_eager: float | None
     vs_compile: float | None
+    # Of losses that compute more than they move.
+    gigaflop: float | None = None
+    gflop_per_s: float | None = None
+    percent_of_exponentials: float | None = None
 
     @property
     def problem(self) -> tuple[str, str, str, str, int, int]:
@@ -75,7 +79,7 @@ def _rounded(value: Any) -> Any:
 def _parsed(record: dict[str, str]) -> Row:
     values: dict[str, Any] = {}
     for field in fields(Row):
-        text = record[field.name]
+        text = record.get(field.name, "")  # older files lack the later columns
         if field.type == "str":
             values[field.name] = text
         elif field.type == "int":
@@ -85,15 +89,19 @@ def _parsed(record: dict[str, str]) -> Row:
     return Row(**values)
 
 
-HEADINGS = (
-    "provider", "median ms", "p20 .. p80", "clean", "extra MiB", "value err", "grad err", "GB/s", "% limit",
-    "x eager", "x compile",
-)  # fmt: skip
+def headings(row: Row) -> tuple[str, ...]:
+    """The columns of a row's table: bytes or floating-point operations, and exponentials where they are a limit."""
+    return (
+        *("provider", "median ms", "p20 .. p80", "clean", "extra MiB", "value err", "grad err"),
+        *(("GB/s", "% limit") if row.gigaflop is None else ("GFLOP/s", "% limit", "% exp")),
+        *("x eager", "x compile"),
+    )
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The printed form of a row, in the order of HEADINGS. A `!` marks a median over disturbed samples."""
+    """The printed form of a row, in the order of its headings. A `!` marks a median over disturbed samples."""
     mark = "" if row.clean >= 3 else "!"
+    limit = _optional(row.percent_of_limit, ".0f")
     return (
         row.provider,
         _significant(row.median_ms) + mark,
@@ -102,8 +110,11 @@ def cells(row: Row) -> tuple[str, ...]:
         _optional(row.extra_mib, ".0f"),
         _optional(row.value_error, ".0e"),
         _optional(row.gradient_error, ".0e"),
-        _significant(row.gb_per_s),
-        _optional(row.percent_of_limit, ".0f"),
+        *(
+            (_rate(row.gb_per_s), limit)
+            if row.gigaflop is None
+            else (_rate(row.gflop_per_s), limit, _optional(row.percent_of_exponentials, ".0f"))
+        ),
         _optional(row.vs_eager, ".1f"),
         _optional(row.vs_compile, ".1f"),
     )
@@ -115,23 +126,27 @@ def _significant(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def _rate(value: float | None) -> str:
+    return "-" if value is None else _significant(value)
+
+
 def _optional(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
 def heading(row: Row) -> str:
     """One line that names the problem."""
+    work = f"{row.megabytes or 0:.1f} MB to move" if row.gigaflop is None else f"{row.gigaflop:.3g} GFLOP"
     return (
         f"{row.loss} {row.workload}, {row.dtype} ({row.shape.replace('x', ', ')}), {row.threads} "
-        f"thread{'s' if row.threads > 1 else ''}, {row.megabytes:.1f} MB to move"
-        + (", THP_MEM_ALLOC_ENABLE=1" if row.thp_alloc else "")
+        f"thread{'s' if row.threads > 1 else ''}, {work}" + (", THP_MEM_ALLOC_ENABLE=1" if row.thp_alloc else "")
     )
 
 
 def table(rows: Sequence[Row], *, bold: bool = False) -> str:
-    """The rows of one problem, for a terminal of 110 columns; our own providers in bold."""
-    grid = [HEADINGS, *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in grid) for i in range(len(HEADINGS))]
+    """The rows of one problem, for a terminal of 110 columns (130 where operations are counted); ours in bold."""
+    grid = [headings(rows[0]), *(cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     lines = [heading(rows[0])]
     for index, line in enumerate(grid):
         text = "  ".join(
@@ -156,8 +171,9 @@ def markdown(machine: str, rows: Sequence[Row]) -> str:
     parts = [f"Measured on: {machine}\n"]
     for group in by_problem(rows):
         parts.append(f"**{heading(group[0])}**\n")
-        parts.append("| " + " | ".join(HEADINGS) + " |")
-        parts.append("|---" + "|---:" * (len(HEADINGS) - 1) + "|")
+        columns = headings(group[0])
+        parts.append("| " + " | ".join(columns) + " |")
+        parts.append("|---" + "|---:" * (len(columns) - 1) + "|")
         parts.extend("| " + " | ".join(cells(row)) + " |" for row in group)
         parts.append("")
     return "\n".join(parts)
@@ -168,8 +184,17 @@ COLOURS = {
     "compile": "#f29900",
     "ours": "#1a73e8",
     "ours in place": "#0b8043",
+    "ours as cross": "#8ab4f8",
     "limit": "#d0d0d0",
+    "exponentials": "#e8d5b5",
 }
+
+
+def _axis_label(shape: str) -> str:
+    """`4096 x 30522`; of more numbers, the third and what follows on lines of their own."""
+    parts = shape.split("x")
+    lines = [parts[:2], parts[2:3], parts[3:]]
+    return "\n".join(" x ".join(line) for line in lines if line)
 
 
 def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
@@ -199,19 +224,29 @@ def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
             ]
             colour = COLOURS.get(provider)
             bars = axes.bar(where, times, width, yerr=spread, label=provider, color=colour, ecolor="#555555")
-            axes.bar_label(bars, labels=[_significant(value) for value in times], fontsize=6, padding=1)
+            crowded = len(shapes) * len(providers) > 20
+            labels = [_significant(value) for value in times]
+            axes.bar_label(bars, labels=labels, fontsize=4.5 if crowded else 6, padding=1)
         first = members[0]
         title = f"{first.workload}, {first.dtype}, {first.threads} thread{'s' if first.threads > 1 else ''}"
         axes.set_title(title + (", THP_MEM_ALLOC_ENABLE=1" if first.thp_alloc else ""), fontsize=9)
         axes.set_yscale("log")
         axes.set_ylabel("ms, forward + backward", fontsize=8)
-        axes.set_xticks(range(len(shapes)), [shape.replace("x", " x ") for shape in shapes], fontsize=8)
+        axes.set_xticks(range(len(shapes)), [_axis_label(shape) for shape in shapes], fontsize=8)
         axes.tick_params(axis="y", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
     figure.suptitle(rows[0].loss, fontsize=11, x=0.02, ha="left")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", fontsize=7, frameon=False, ncols=len(labels))
+    found = (axes.get_legend_handles_labels() for axes in figure.axes)
+    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside upper right" if columns > 1 else "outside lower right",  # or it would cover the title
+        fontsize=7,
+        frameon=False,
+        ncols=len(handles),
+    )
     figure.supxlabel(machine, fontsize=5, color="#777777")
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=150, format="png")
