@@ -236,8 +236,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_relation(
   if (reduction == "sequence_mean") denominator = static_cast<double>(std::max<int64_t>(sequence_count, 1));
   if (reduction == "token_mean") denominator = static_cast<double>(std::max<int64_t>(sequences.valid, 1));
   if (num_items) denominator = scalar_of(*num_items);
-  // fp16 has no room below for a gradient divided by many rows: that factor is left to backward (see soft_target).
-  const double later = dtype == Dtype::f16 ? std::exp2(-std::floor(std::log2(denominator))) : 1;
+  // fp16 has no room below for a gradient divided by many rows: that factor is left to backward (see soft_target), at
+  // its size for a head of middling length.
+  double rows = denominator;
+  if (reduction == "sequence_mean" || reduction == "token_mean")
+    rows *= static_cast<double>(relation_heads ? *relation_heads : first->size(1));
+  if (reduction == "sequence_mean")
+    rows *= static_cast<double>(std::max<int64_t>(sequences.valid, 1)) /
+            static_cast<double>(std::max<int64_t>(sequence_count, 1));
+  const double later = dtype == Dtype::f16 ? std::exp2(-std::floor(std::log2(rows))) : 1;
 
   std::array<Tensor, slots> gradients;
   for (int slot = 0; slot < slots; ++slot) {
