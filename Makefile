@@ -35,7 +35,7 @@ PIP_INSTALL = $(PIP) install --quiet $(PIP_ARGS)
 # Folders are in the lists so that a removed file counts as a change.
 NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
 WHEEL_SOURCES = $(NATIVE_SOURCES) README.md LICENSE $(shell find kernels pydistill ! -path '*__pycache__*' ! -name '*.so')
-CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test bench docs lint format wheel compat clean
 .DEFAULT_GOAL := help

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.losses import soft_target
+from pydistill.losses import attention_relation, soft_target
 
 Tensors = dict[str, Tensor]
 Keywords = Mapping[str, Any]
@@ -30,7 +30,7 @@ class LossCase:
     Attributes:
         loss: the public function, taking the tensors by name, `impl` and the keywords of a variant.
         reference: the specification, with the same arguments less `impl`.
-        differentiable: names of the tensors that receive a gradient.
+        differentiable: names of the tensors that receive a gradient, as far as they are given.
         inputs: (shape, dtype, seed=, scale=) -> all tensors by argument name, optional ones included.
         variants: name -> keywords. The key "tensors" lists the optional tensors that the variant is given.
     """
@@ -64,7 +64,7 @@ def run(loss: Callable[..., Tensor], tensors: Tensors, keywords: Keywords, diffe
     The incoming gradient is not 1, and differs by row for a loss without reduction. It consists of powers of
     two, by which a gradient in low precision can be multiplied without another rounding.
     """
-    leaves = {key: tensors[key].detach().requires_grad_() for key in differentiable}
+    leaves = {key: tensors[key].detach().requires_grad_() for key in differentiable if key in tensors}
     arguments = {**tensors, **leaves}
     if keywords.get("inplace"):
         # Leaves cannot be overwritten; clone() is an operation that does not need its output again.
@@ -81,17 +81,19 @@ def truth(case: LossCase, tensors: Tensors, keywords: Keywords) -> Outcome:
     return run(case.reference, exact, keywords, case.differentiable)
 
 
-def assert_within_budget(found: Outcome, reference: Outcome, exact: Outcome, *, floor: float = 0.0) -> None:
+def assert_within_budget(
+    found: Outcome, reference: Outcome, exact: Outcome, *, floor: float = 0.0, value_floor: float = 0.0
+) -> None:
     """`|found - exact| <= |reference - exact| + small`, for the value and for each gradient.
 
     The reference has the same input dtype. `small` is a few roundings of the result, and for gradients an
     eighth of the rounding of 1, because a softmax that saturates leaves only rounding. `floor` is for values
-    that are small differences of large numbers. An fp16 gradient may be rounded once more: the division by
-    the number of rows is left to backward, where a loss scaler keeps the quotient in range. Errors are judged
-    by the worst element, and by their 2-norm, so that a bias of many small errors cannot hide behind one
-    large rounding.
+    that are small differences of large numbers, `value_floor` for those whose gradients are not. An fp16
+    gradient may be rounded once more: the division by the number of rows is left to backward, where a loss
+    scaler keeps the quotient in range. Errors are judged by the worst element, and by their 2-norm, so that
+    a bias of many small errors cannot hide behind one large rounding.
     """
-    _assert_closer("value", found.value, reference.value, exact.value, floor, 0.0)
+    _assert_closer("value", found.value, reference.value, exact.value, floor + value_floor, 0.0)
     for key, gradient in exact.gradients.items():
         mine = found.gradients[key]
         assert mine.dtype == reference.gradients[key].dtype
@@ -169,3 +171,69 @@ SOFT_TARGET = LossCase(
         "num_items tensor": {"num_items": torch.tensor(5.5), "tensors": ("mask",)},
     },
 )  # fmt: skip
+
+
+def attention_relation_inputs(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, *, seed: int = 0, scale: float = 1.0
+) -> Tensors:
+    """`shape` is (B, H, N, ds, dt). Normal features; a mask with right padding in the first row, left padding in
+    the second and holes in all; up to four packed sequences a row whose tokens are mixed, and negative ids."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, positions, student_size, teacher_size = shape
+
+    def features(size: int) -> Tensor:
+        drawn = torch.randn(batch, heads, positions, size, generator=generator, dtype=torch.float64)
+        return drawn.mul_(scale).to(dtype)
+
+    tensors = {
+        "student_a": features(student_size), "student_b": features(student_size),
+        "teacher_a": features(teacher_size), "teacher_b": features(teacher_size),
+    }  # fmt: skip
+    mask = torch.rand(batch, positions, generator=generator) > 0.15
+    mask[:1, positions - positions // 4 :] = False
+    mask[1:2, : positions // 3] = False
+    ids = torch.tensor([7, 0, 2**40, 3, -1, -100])
+    segments = ids[torch.randint(len(ids), (batch, positions), generator=generator)]
+    return {**tensors, "mask": mask, "segment_ids": segments}
+
+
+_CROSS: Keywords = {"tensors": ("student_b", "teacher_b")}
+_SELF: Keywords = {"student_b": None, "teacher_b": None}
+
+
+def _with(kind: Keywords, *tensors: str, **keywords: Any) -> Keywords:
+    return {**kind, **keywords, "tensors": (*kind.get("tensors", ()), *tensors)}
+
+
+# Widths H * ds and H * dt have to be multiples of 12.
+ATTENTION_RELATION = LossCase(
+    name="attention_relation",
+    loss=attention_relation.attention_relation_loss,
+    reference=attention_relation.attention_relation_reference,
+    differentiable=("student_a", "student_b"),
+    inputs=attention_relation_inputs,
+    optional=("student_b", "teacher_b", "mask", "segment_ids"),
+    variants={
+        "cross": _CROSS,
+        "self": _SELF,
+        "cross mask": _with(_CROSS, "mask"),
+        "self mask": _with(_SELF, "mask"),
+        "cross segments": _with(_CROSS, "segment_ids"),
+        "self segments": _with(_SELF, "segment_ids"),
+        "cross causal": _with(_CROSS, causal=True),
+        "self causal": _with(_SELF, causal=True),
+        "cross mask segments causal": _with(_CROSS, "mask", "segment_ids", causal=True),
+        "self mask segments causal": _with(_SELF, "mask", "segment_ids", causal=True),
+        # Joined heads, heads that are cut, and more heads than there were.
+        "cross 1 relation head": _with(_CROSS, "mask", relation_heads=1),
+        "self 4 relation heads": _with(_SELF, "mask", relation_heads=4),
+        "cross 12 relation heads": _with(_CROSS, "segment_ids", relation_heads=12),
+        "scale": _with(_CROSS, "mask", scale=0.7),
+        "token_mean": _with(_CROSS, "mask", "segment_ids", reduction="token_mean"),
+        "sum": _with(_SELF, "mask", reduction="sum"),
+        "cross none": _with(_CROSS, "mask", "segment_ids", reduction="none"),
+        "self none": _with(_SELF, "mask", reduction="none", causal=True, relation_heads=4),
+        "num_items": _with(_CROSS, "mask", num_items=37),
+        "num_items tensor": _with(_SELF, "mask", num_items=torch.tensor(5.5), reduction="token_mean"),
+    },
+)

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, IMPLEMENTATIONS, SOFT_TARGET, Outcome, Tensors, assert_within_budget, run, truth
+from processes import ChildError, in_a_new_process, numerics_of
 from torch import Tensor
 
-import pydistill
 from pydistill import SoftTarget, _dispatch, soft_target_loss
 from pydistill.losses.soft_target import DIVERGENCES, soft_target_reference, sparse_soft_target_loss
 
@@ -1226,27 +1223,6 @@ def test_objective_term_without_teacher():
 # -------------------------------------------------------------------------------- instruction sets, processes
 
 
-class ChildError(AssertionError):
-    """A child process failed; the message is what it printed."""
-
-
-def in_a_new_process(arguments: list[str], **environment: str) -> str:
-    """Runs Python with changed environment variables and returns what it printed; ChildError if it fails."""
-    root = str(Path(pydistill.__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise ChildError(done.stdout[-4000:] + done.stderr[-4000:])
-    return done.stdout
-
-
-NUMERICS = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numerics", Path(__file__).name]
-
-
 @needs_kernel
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
 def test_every_instruction_set(isa):
@@ -1262,7 +1238,7 @@ def test_every_instruction_set(isa):
         if "this processor does not have these instructions" in str(error):
             pytest.skip(f"this processor has no {isa}")
         raise
-    assert "passed" in in_a_new_process([*NUMERICS, "-k", "not reference"], PYDISTILL_ISA=isa)
+    assert "passed" in in_a_new_process([*numerics_of(__file__), "-k", "not reference"], PYDISTILL_ISA=isa)
 
 
 @needs_kernel
@@ -1286,7 +1262,7 @@ def test_without_native_code():
     assert "PYDISTILL_NATIVE=0 is set" in printed
     assert "impl='cpp' is not available: PYDISTILL_NATIVE=0 is set" in printed
     if os.environ.get("PYDISTILL_NATIVE") != "0":
-        assert "passed" in in_a_new_process([*NUMERICS, "-k", "golden or budget"], PYDISTILL_NATIVE="0")
+        assert "passed" in in_a_new_process([*numerics_of(__file__), "-k", "golden or budget"], PYDISTILL_NATIVE="0")
 
 
 def test_import_is_light():

@@ -220,7 +220,7 @@ PYD_INLINE float largest(Floats a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-// 2^x; below 2^-126.5 it is 0, from 128 on inf.
+// 2^x; below x = -126.5 it is 0, from 127.5 on inf.
 PYD_INLINE Floats exp2(Floats x) {
   // The bounds stand first: max and min return their second operand when either is NaN, which keeps NaN a NaN.
   const __m256 y = _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), x.v));
@@ -286,7 +286,7 @@ PYD_INLINE float largest(Floats a) {
   return x > y ? x : y;
 }
 
-// 2^x; below 2^-126.5 it is 0, from 128 on inf.
+// 2^x; below x = -126.5 it is 0, from 127.5 on inf.
 PYD_INLINE Floats exp2(Floats x) {
   const Floats low = Floats::all(-127.0f), high = Floats::all(128.0f), magic = Floats::all(12582912.0f);  // 1.5 * 2^23
   const Floats::V y = x.v < low.v ? low.v : (x.v > high.v ? high.v : x.v);  // NaN fails both comparisons and stays

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests in a process of their own: another instruction set, no native code, a peak of memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pydistill
+
+
+class ChildError(AssertionError):
+    """A child process failed; the message is what it printed."""
+
+
+def in_a_new_process(arguments: list[str], **environment: str) -> str:
+    """Runs Python with changed environment variables and returns what it printed; ChildError if it fails."""
+    root = str(Path(pydistill.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise ChildError(done.stdout[-4000:] + done.stderr[-4000:])
+    return done.stdout
+
+
+def numerics_of(file: str) -> list[str]:
+    """Arguments that run the numerics tests of a test module."""
+    return ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numerics", Path(file).name]
