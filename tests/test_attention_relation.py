@@ -892,7 +892,8 @@ def test_fp16_gradient_under_a_loss_scaler(kind, reduction):
     exact = gradients(attention_relation_reference, torch.float64)
     assert all(0.1 < float(gradient.abs().max()) < 100 for gradient in exact.gradients.values())
     found = gradients(attention_relation_loss, torch.float16, impl="cpp")
-    assert_within_budget(found, gradients(attention_relation_reference, torch.float16), exact)
+    # The value is a mean of small differences of numbers of size 1, each rounded to 6e-8.
+    assert_within_budget(found, gradients(attention_relation_reference, torch.float16), exact, value_floor=5e-9)
 
 
 # -------------------------------------------------------------------------------- threads

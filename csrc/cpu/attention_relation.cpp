@@ -153,10 +153,11 @@ template <class Function>
 PYD_INLINE auto with_vectors(const RelationJob& job, Function f) {
   const auto choose = [&]<class V, class S>(V, S) {
     const int vectors = one_sweep_of<V>(job) ? block_vectors<V>(job) : gemm_vectors;
-    if constexpr (gemm_vectors == 4)
-      if (vectors == 4) return f.template operator()<V, S, 4>();
-    if (vectors == 2) return f.template operator()<V, S, 2>();
-    return f.template operator()<V, S, 1>();
+    if constexpr (V::width > 1) {
+      if (gemm_vectors != 2 && vectors == 2) return f.template operator()<V, S, 2>();
+      if (vectors == 1) return f.template operator()<V, S, 1>();
+    }
+    return f.template operator()<V, S, gemm_vectors>();
   };
   switch (job.dtype) {
     case Dtype::bf16:
@@ -193,7 +194,7 @@ bool one_sweep(const RelationJob& job) {
 template <class Function>
 PYD_INLINE auto with_symmetric_vectors(const RelationJob& job, Function f) {
   return with_types(job, [&]<class V, class S>() {
-    if constexpr (gemm_vectors == 4)
+    if constexpr (gemm_vectors == 4 && V::width > 1)
       if (symmetric_vectors<V>(job.sequence.count) == 2) return f.template operator()<V, S, 2>();
     return f.template operator()<V, S, gemm_vectors>();
   });

@@ -169,11 +169,13 @@ struct Head {
   }
 
   void exponentiate(int64_t begin, int64_t end, int64_t query, int64_t row) {
-    spans(begin, end, query, [&](int64_t low, int64_t high, bool masked) {
-      const int64_t at = (row + low - begin) * lanes;
+    spans(begin, end, query, [&](int64_t first, int64_t last, bool masked) {
       const auto run = masked ? exponentials<V, vectors, true, pairs> : exponentials<V, vectors, false, pairs>;
-      run(teacher_tile + at, student_tile + at, low, high, query, teacher_unit, student_unit, top_t, top_s, sums,
-          ahead);
+      for (int64_t low = first; low < last; low += sum_length) {
+        const int64_t at = (row + low - begin) * lanes;
+        run(teacher_tile + at, student_tile + at, low, smaller(last, low + sum_length), query, teacher_unit,
+            student_unit, top_t, top_s, sums, ahead);
+      }
     });
   }
 

@@ -26,7 +26,8 @@ PYD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class V>
 int block_vectors(const RelationJob& job) {
   int vectors = gemm_vectors;
-  while (vectors > 1 && job.sequence.count * vectors * V::width * 2 * int64_t(sizeof(typename V::scalar)) > tiles_limit)
+  while (V::width > 1 && vectors > 1 &&
+         job.sequence.count * vectors * V::width * 2 * int64_t(sizeof(typename V::scalar)) > tiles_limit)
     vectors /= 2;
   return vectors;
 }
@@ -40,7 +41,7 @@ bool one_sweep_of(const RelationJob& job) {
 // Vectors in a block of a symmetric job: small blocks waste less on the diagonal, large ones multiply faster.
 template <class V>
 constexpr int symmetric_vectors(int64_t n) {
-  return gemm_vectors == 4 && n <= 192 ? 2 : gemm_vectors;
+  return V::width > 1 && gemm_vectors == 4 && n <= 192 ? 2 : gemm_vectors;
 }
 
 // Rows of the tiles of all blocks.

@@ -62,9 +62,7 @@ __attribute__((noinline)) void symmetric_exponentials(const SymmetricBuffers<V, 
   for (int v = 0; v < vectors; ++v) {
     const int64_t at = query + v * V::width;
     near[v] = V::load(b.near_t + at) - V::load(b.near_s + at);
-    zt[v] = V::load(b.sum_t + at);
-    zs[v] = V::load(b.sum_s + at);
-    a[v] = V::load(b.sum_a + at);
+    zt[v] = zs[v] = a[v] = V::all(0);
   }
   for (int64_t j = begin; j < end; ++j, teacher += lanes, student += lanes) {
     ahead.fetch();
@@ -99,9 +97,9 @@ __attribute__((noinline)) void symmetric_exponentials(const SymmetricBuffers<V, 
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     const int64_t at = query + v * V::width;
-    zt[v].store(b.sum_t + at);
-    zs[v].store(b.sum_s + at);
-    a[v].store(b.sum_a + at);
+    (V::load(b.sum_t + at) + zt[v]).store(b.sum_t + at);
+    (V::load(b.sum_s + at) + zs[v]).store(b.sum_s + at);
+    (V::load(b.sum_a + at) + a[v]).store(b.sum_a + at);
   }
 }
 
@@ -178,10 +176,13 @@ bool symmetric_whole_of(const RelationJob& job, const RelationJob* next, typenam
     h.student_tile = b.student_tiles + row * lanes;
     h.load_queries(i, count);
     h.scores(i, n - i, 0);
-    symmetric_exponentials<V, vectors, false, h.pairs>(b, h.teacher_tile, h.student_tile, i, i + count, i,
-                                                       h.teacher_unit, h.student_unit, h.ahead);
-    symmetric_exponentials<V, vectors, true, h.pairs>(b, h.teacher_tile + count * lanes, h.student_tile + count * lanes,
-                                                      i + count, n, i, h.teacher_unit, h.student_unit, h.ahead);
+    const auto run = [&](auto function, int64_t begin, int64_t end) {
+      for (int64_t low = begin; low < end; low += sum_length)
+        function(b, h.teacher_tile + (low - i) * lanes, h.student_tile + (low - i) * lanes, low,
+                 smaller(end, low + sum_length), i, h.teacher_unit, h.student_unit, h.ahead);
+    };
+    run(symmetric_exponentials<V, vectors, false, h.pairs>, i, i + count);
+    run(symmetric_exponentials<V, vectors, true, h.pairs>, i + count, n);
   });
 
   value = 0;

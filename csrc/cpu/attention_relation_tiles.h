@@ -7,6 +7,9 @@
 namespace pyd::PYD_ISA {
 namespace {
 
+// So many exponentials are summed before the sum joins the others: long sums would lose digits.
+constexpr int64_t sum_length = 128;
+
 // Down the columns of a tile [end - begin, lanes]. Key j is `begin` + row; where `masked`, lane l counts it only if
 // j <= query + l.
 template <class V, int vectors, bool masked>
@@ -30,7 +33,7 @@ __attribute__((noinline)) void maxima(const typename V::scalar* tile, int64_t be
   for (int v = 0; v < vectors; ++v) top[v].store(top_of_lane + v * V::width);
 }
 
-// Exponentials over the scores, relative to `top`, their largest; `sums` [3, lanes] collects Zt, Zs and A (in units of
+// Exponentials over the scores, relative to `top`, their largest; `sums` [3, lanes] is given Zt, Zs and A (in units of
 // log 2).
 template <class V, int vectors, bool masked, bool scaled>
 __attribute__((noinline)) void exponentials(typename V::scalar* teacher, typename V::scalar* student, int64_t begin,
@@ -44,11 +47,7 @@ __attribute__((noinline)) void exponentials(typename V::scalar* teacher, typenam
   for (int l = 0; l < lanes; ++l) rows[l] = static_cast<F>(query + l) + F(0.5);
   V zt[vectors], zs[vectors], a[vectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) {
-    zt[v] = V::load(sums + v * V::width);
-    zs[v] = V::load(sums + lanes + v * V::width);
-    a[v] = V::load(sums + 2 * lanes + v * V::width);
-  }
+  for (int v = 0; v < vectors; ++v) zt[v] = zs[v] = a[v] = zero;
   for (int64_t j = begin; j < end; ++j, teacher += lanes, student += lanes) {
     ahead.fetch();
 #pragma GCC unroll 4
@@ -60,24 +59,25 @@ __attribute__((noinline)) void exponentials(typename V::scalar* teacher, typenam
         t = t * scale_t;
         s = s * scale_s;
       }
-      V et = exp2(t), es = exp2(s);
+      V et = exp2(t), es = exp2(s), difference = t - s;
       if constexpr (masked) {
         const V seen = V::load(rows + v * V::width) - V::all(static_cast<F>(j));
         et = where_positive(seen, et, zero);
         es = where_positive(seen, es, zero);
+        difference = where_positive(seen, difference, zero);
       }
       zt[v] = zt[v] + et;
       zs[v] = zs[v] + es;
-      a[v] = fma(et, t - s, a[v]);
+      a[v] = fma(et, difference, a[v]);
       et.store(teacher + v * V::width);
       es.store(student + v * V::width);
     }
   }
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
-    zt[v].store(sums + v * V::width);
-    zs[v].store(sums + lanes + v * V::width);
-    a[v].store(sums + 2 * lanes + v * V::width);
+    (V::load(sums + v * V::width) + zt[v]).store(sums + v * V::width);
+    (V::load(sums + lanes + v * V::width) + zs[v]).store(sums + lanes + v * V::width);
+    (V::load(sums + 2 * lanes + v * V::width) + a[v]).store(sums + 2 * lanes + v * V::width);
   }
 }
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import _dispatch
-from pydistill.losses.gradient import scaled
+from pydistill.losses.gradient import check_first_order, scaled
 
 LOSS = "attention_relation"
 REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
@@ -41,7 +41,8 @@ def attention_relation_reference(
 ) -> Tensor:
     """The specification of `attention_relation_loss`: eager PyTorch in fp32 (fp64 for fp64), differentiated by
     autograd."""
-    dtype = torch.float64 if student_a.dtype == torch.float64 else torch.float32
+    given = [tensor for tensor in (student_a, student_b, teacher_a, teacher_b) if tensor is not None]
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in given) else torch.float32
     batch, _, positions, _ = student_a.shape
     valid = torch.ones(batch, positions, dtype=torch.bool, device=student_a.device)  # [B, N]
     if mask is not None:
@@ -61,7 +62,8 @@ def attention_relation_reference(
         sides = [torch.where(valid[:, None, :, None], side.to(dtype), 0.0) for side in sides]
         heads = [split_heads(side, relation_heads) for side in sides]
         factor = 1 / math.sqrt(heads[0].size(-1)) if scale is None else scale
-        product = heads[0] @ heads[-1].transpose(-1, -2) * factor
+        with torch.autocast(student_a.device.type, enabled=False):
+            product = heads[0] @ heads[-1].transpose(-1, -2) * factor
         return F.log_softmax(product.masked_fill(~seen, -math.inf), dim=-1)
 
     log_p, log_q = scores(teacher_a, teacher_b), scores(student_a, student_b)
@@ -201,7 +203,7 @@ def _register() -> None:
             heads = students[relations[0]].size(1) if relation_heads is None else relation_heads
             shape = (first.size(0), heads, first.size(2))
         gradients = [
-            first.new_empty(0) if tensor is None or not with_gradient else torch.empty_like(tensor)
+            first.new_empty(0) if tensor is None or not with_gradient else torch.empty_like(_with_unit_stride(tensor))
             for tensor in students
         ]
         parts = first.new_empty(len(relations) // 2, dtype=dtype)
@@ -216,6 +218,11 @@ def _register() -> None:
         return *_student_gradients(ctx, grad_loss), *(None,) * (_OP_INPUTS - 3)
 
     torch.library.register_autograd("pydistill::attention_relation", backward, setup_context=setup_context)
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    """What the kernel reads: features of a head side by side."""
+    return tensor if tensor.size(-1) < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -240,6 +247,7 @@ def _student_gradients(ctx: Any, grad_loss: Tensor | None) -> list[Tensor | None
             scaled(LOSS, gradient, grad_loss * gradient_scale) if given else None
             for gradient, given in zip(gradients, ctx.students, strict=True)
         ]
+    check_first_order(LOSS)
     saved = iter(ctx.saved_tensors)
     inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
     inputs[11], inputs[16] = grad_loss, True

@@ -14,11 +14,7 @@ def scaled(loss: str, gradient: Tensor, scale: Tensor) -> Tensor:
     """
     if type(gradient) is not Tensor:  # traced by a compiler, which plans memory and fuses the product itself
         return (gradient * (scale if scale.dim() == 0 else scale.unsqueeze(-1))).to(gradient.dtype)
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{loss}: double backward is not supported: the gradient is computed once, in the forward. "
-            "Use impl='reference' where second derivatives are needed"
-        )
+    check_first_order(loss)
     # The gradient was made by the forward. Handing it out without a copy is only right if nobody asks for it again.
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = gradient.clone()
@@ -26,3 +22,12 @@ def scaled(loss: str, gradient: Tensor, scale: Tensor) -> Tensor:
     rows = gradient if gradient.is_contiguous() else gradient.as_strided((gradient.numel(),), (1,))
     torch.ops.pydistill.scale_rows_(rows, scale)
     return gradient
+
+
+def check_first_order(loss: str) -> None:
+    """Raise where a backward is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{loss}: double backward is not supported: the gradient is computed once, in the forward. "
+            "Use impl='reference' where second derivatives are needed"
+        )
