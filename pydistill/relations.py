@@ -64,4 +64,5 @@ def relation_matrices(
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Return a readable name for each token: its text, or its name in the vocabulary where it has none."""
-    return [tokenizer.decode([token]).strip() or tokenizer.convert_ids_to_tokens(token) for token in ids]
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [str(tokenizer.decode([token])).strip() or name for token, name in zip(ids, names, strict=True)]

@@ -464,9 +464,11 @@ def _compare(plan: MiniLMPlan, trained: Sequence[Mapping[str, Any]]) -> tuple[li
         stage = record["name"]
         folder = plan.output / stage
         student = AutoModel.from_pretrained(folder, dtype=torch.float32)
-        # As it was before its training: made again, from the same seed.
-        untrained = _new_student(plan, getattr(config, stage), stage, source, layer, stream)
-        drawn.append(_drawn(f"{stage}, at the start", relations(untrained, student_layer), truth, config.picture.heads))
+        if stage == "student":
+            # As it was before its training: made again, from the same seed.
+            untrained = _new_student(plan, config.student, stage, source, layer, stream)
+            start = relations(untrained, student_layer)
+            drawn.append(_drawn("student, at the start", start, truth, config.picture.heads))
         drawn.append(_drawn(f"{stage}, distilled", relations(student, student_layer), truth, config.picture.heads))
         to_teacher = record["loss_after"]
         if source is not teacher:
