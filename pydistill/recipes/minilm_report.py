@@ -186,7 +186,8 @@ def draw_curves(results: dict[str, Any]) -> Figure:
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.set_xlim(left=0)
             axis.grid(alpha=0.25, which="both")
-        left.legend(frameon=False, fontsize=9)
+        if left.lines:  # a run shorter than one logging window has none
+            left.legend(frameon=False, fontsize=9)
     return figure
 
 
