@@ -8,7 +8,8 @@ A page says where a table goes and what it is made from, paths relative to the r
     <!-- end of table -->
 
 `speed` is a csv of `pydistill bench`, in short; `bench` is all of it; `run` is the metrics.json of a finished run.
-The last two come with the picture of the same name beside the raw file. A table without its raw file stays empty.
+The last two come with the picture of the same name beside the raw file. `evaluate` is made of the metrics.json of one
+or more calls of `pydistill evaluate`, with commas between them. A table of which a raw file is missing says so.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydistill.bench import benchmarks, rows
-from pydistill.report import table
+from pydistill.recipes import page_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MISSING = "Not measured yet."
 PLACE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -49,14 +51,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def fill(page: Path, text: str) -> str:
     """The text of a page with every table made anew."""
-    return PLACE.sub(lambda place: place[1] + content(page, place[2], ROOT / place[3]) + place[4], text)
+    return PLACE.sub(
+        lambda place: place[1] + content(page, place[2], [ROOT / name for name in place[3].split(",")]) + place[4], text
+    )
 
 
-def content(page: Path, kind: str, source: Path) -> str:
+def content(page: Path, kind: str, sources: Sequence[Path]) -> str:
     """What stands between the two comments."""
     if kind not in KINDS:
         raise ValueError(f"{page}: a table is one of {', '.join(KINDS)}, got {kind!r}")
-    return "\n" + KINDS[kind](page, source).strip() + "\n\n" if source.exists() else ""
+    if not all(source.exists() for source in sources):
+        return f"\n{MISSING}\n\n"
+    return "\n" + KINDS[kind](page, *sources).strip() + "\n\n"
 
 
 def grid(lines: Sequence[Sequence[str]]) -> str:
@@ -113,7 +119,36 @@ def bench(page: Path, source: Path) -> str:
 def run(page: Path, source: Path) -> str:
     """The table that the run printed, and its comparison picture."""
     results = json.loads(source.read_text(encoding="utf-8"))
-    return picture(page, source) + grid(table(results)) + f"\n\n{results['measured']}"
+    shown = page_of(source.parent, results)
+    return picture(page, source) + grid(shown.table) + f"\n\n{shown.measured}"
+
+
+def evaluate(page: Path, *sources: Path) -> str:
+    """All models of all files, and which part of the gap between the last and the first model each closes."""
+    from pydistill.evaluate import table  # with PyTorch, which no other table needs
+
+    results = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
+    together = {"models": [model for one in results for model in one["models"]]}
+    top, bottom = (together["models"][place]["average"] for place in (0, -1))
+    header, *lines = table(together)
+    lines = [
+        [short_name(line[0]), *line[1:], f"{100 * (model['average'] - bottom) / (top - bottom):.0f} %"]
+        for line, model in zip(lines, together["models"], strict=True)
+    ]
+    tasks = results[0]["models"][0]["tasks"]
+    rows = "; ".join(
+        f"{name}: {', '.join(f'{count:,} {split}' for split, count in one['rows'].items())}"
+        for name, one in tasks.items()
+    )
+    seeds = len(next(iter(tasks.values()))["runs"])
+    closed = f"Gap closed: of the average between {short_name(lines[-1][0])} and {short_name(lines[0][0])}."
+    return f"{grid([[*header, 'gap closed'], *lines])}\n\nMean ± deviation of {seeds} seeds. Rows: {rows}. {closed}"
+
+
+def short_name(model: str) -> str:
+    """What tells a model from the others: OUTPUT/v1-svd/student -> v1-svd."""
+    parts = [part for part in model.removeprefix("package:").split("/") if part not in ("", "student", "model")]
+    return parts[-1] if parts else model
 
 
 def picture(page: Path, source: Path) -> str:
@@ -122,7 +157,7 @@ def picture(page: Path, source: Path) -> str:
     return f"![{source.stem}]({os.path.relpath(image, page.parent)})\n\n" if image.exists() else ""
 
 
-KINDS = {"speed": speed, "bench": bench, "run": run}
+KINDS: dict[str, Callable[..., str]] = {"speed": speed, "bench": bench, "run": run, "evaluate": evaluate}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

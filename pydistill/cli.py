@@ -42,8 +42,9 @@ A train block is transformers.TrainingArguments: every name of it works as --tra
 """
 
 EVALUATE_HELP = """\
-usage: pydistill evaluate TASKS.yaml --model FOLDER ... --output FOLDER [--seeds 1 2 3] [--key value ...]
+usage: pydistill evaluate [TASKS.yaml] --model FOLDER ... --output FOLDER [--seeds 1 2 3] [--key value ...]
 
+  One task needs no yaml: --tasks.NAME.data.train train.tsv --tasks.NAME.data.text_columns sentence
   TASKS.yaml         the tasks; one of them, with everything that it can say:
                        tasks:
                          sst2:
@@ -258,9 +259,8 @@ def evaluate_command(words: list[str]) -> int:
     if "--keys" in words:
         print("\n".join(known_keys(EvaluateConfig)))
         return 0
-    if words[0].startswith("-"):
-        raise UserError(f"evaluate: the yaml file with the tasks comes first, got {words[0]!r}")
-    evaluate(load_section(EvaluateConfig, Path(words[0]).expanduser(), parse_overrides(words[1:])))
+    path = None if words[0].startswith("-") else Path(words[0]).expanduser()
+    evaluate(load_section(EvaluateConfig, path, parse_overrides(words if path is None else words[1:])))
     return 0
 
 
@@ -294,12 +294,12 @@ def report_command(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="pydistill report", description="Draw the report of a finished run again.")
     parser.add_argument("folder", type=Path, help="the output folder of a run")
     folder = parser.parse_args(words).folder
-    from pydistill.report import read_results, table, text_table, write_report
+    from pydistill.recipes import report
+    from pydistill.report import text_table
 
-    results = read_results(folder)
-    page = write_report(folder)
-    print(text_table(table(results)))
-    print(f"report: {page}")
+    path, shown = report(folder)
+    print(text_table(shown.table))
+    print(f"report: {path}")
     return 0
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -90,24 +90,32 @@ def predict_logits(
     max_length: int,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Tensor:
-    """Return fp32 logits ``[len(rows), classes]`` on the CPU, in the order of ``rows``.
+    """Return fp32 logits ``[len(rows), classes]`` on the CPU, in the order of ``rows``."""
+    logits = torch.empty(len(rows), len(class_names(model.config)))
+    with torch.inference_mode():
+        for batch, inputs in in_batches(model, tokenizer, rows, max_length, batch_tokens):
+            logits[batch] = model(**inputs).logits.float().cpu()
+    return logits
+
+
+def in_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[str, ...]],
+    max_length: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yield the rows' numbers and inputs batch by batch, on the model's device.
 
     Rows of similar length share a batch, so that little of it is padding.
     """
-    classes = len(class_names(model.config))
-    if not rows:
-        return torch.empty(0, classes)
     # White-space words stand in for tokens: exact lengths would cost a second tokenization.
     lengths = [sum(len(text.split()) for text in row) for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
-    logits = torch.empty(len(rows), classes)
     position = 0
-    with torch.inference_mode():
-        while position < len(order):
-            size = max(1, batch_tokens // max(8, 2 * lengths[order[position]]))
-            batch = order[position : position + size]
-            position += size
-            inputs = encode(model, tokenizer, [rows[index] for index in batch], max_length)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            logits[batch] = model(**inputs).logits.float().cpu()
-    return logits
+    while position < len(order):
+        size = max(1, batch_tokens // max(8, 2 * lengths[order[position]]))
+        batch = order[position : position + size]
+        position += size
+        inputs = encode(model, tokenizer, [rows[index] for index in batch], max_length)
+        yield batch, {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -24,7 +24,9 @@ class Objective(nn.Module):
     - ``student_signals``, ``teacher_signals``: the names of the tensors it reads from either model, for
       instance ``frozenset({"logits"})``;
     - ``forward(student, teacher, batch, num_items=None)``: its unweighted value, a 0-d tensor;
-    - ``count_items(batch)``: how many items its mean runs over in this batch (a number or 0-d tensor).
+    - ``count_items(batch)``: how many items its mean runs over in this batch (a number or 0-d tensor);
+    - optionally ``forward_with_parts``, with the arguments of ``forward``: its value and, by name, the parts (0-d,
+      detached) that it consists of, which are logged as ``<term>.<part>``.
 
     Args:
         terms: at least one term, of distinct names.
@@ -90,8 +92,8 @@ class Objective(nn.Module):
                 `count_items`).
 
         Returns:
-            the weighted sum (0-d, differentiable), and the unweighted value of each term by name (0-d,
-            detached).
+            the weighted sum (0-d, differentiable), and the unweighted value of each term, and of its parts, by name
+            (0-d, detached).
 
         Raises:
             ValueError: a signal that a term reads is missing, a term's value is not 0-d, or `num_items` has
@@ -103,12 +105,17 @@ class Objective(nn.Module):
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
         for term, count in zip(self.terms, counts, strict=True):
-            value = term(student, teacher, batch, num_items=count)
+            own: Mapping[str, Tensor] = {}
+            if hasattr(term, "forward_with_parts"):
+                value, own = cast(Any, term).forward_with_parts(student, teacher, batch, num_items=count)
+            else:
+                value = term(student, teacher, batch, num_items=count)
             if value.dim() != 0:
                 _fail(f"term {term.name!r} must return a 0-d tensor, got shape {list(value.shape)}")
             weighted = value * _weight(term)  # a new tensor: the sum never shares memory with a part
             total = weighted if total is None else total + weighted
             parts[str(term.name)] = value.detach()
+            parts |= {f"{term.name}.{name}": part for name, part in own.items()}
         assert total is not None
         return total, parts
 

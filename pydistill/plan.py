@@ -46,6 +46,8 @@ CONTINUABLE = (
     "augment.workers",
     "teacher.batch_tokens",
     "teacher.logits_folder",
+    "picture.sentence",
+    "picture.heads",
 )
 CONFIG_FILE = "config.yaml"
 # Holds the fingerprint of the rows that a run was started with.

@@ -179,7 +179,7 @@ def test_diverged_fine_tuning_is_an_error(shared: Path, tmp_path: Path) -> None:
 def test_command_line_errors(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, rule in (
         ([], "name a yaml file"),
-        (["--model", "x"], "comes first, got '--model'"),
+        (["--model", "x"], "tasks: is required and not given"),
         (["none.yaml"], "none.yaml: cannot be read"),
         ([str(shared / "tasks.yaml")], "model: is required"),
     ):
@@ -187,3 +187,13 @@ def test_command_line_errors(shared: Path, capsys: pytest.CaptureFixture[str]) -
         assert rule in capsys.readouterr().err
     assert main(["evaluate", "--keys"]) == 0
     assert "tasks.NAME.data.train" in capsys.readouterr().out.splitlines()
+
+
+def test_one_task_needs_no_yaml(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The line that a finished minilm run ends with.
+    words = ["--tasks.mine.data.train", str(shared / "mood.tsv"), "--tasks.mine.data.text_columns", "sentence"]
+    words += ["--model", str(shared / "encoder"), "--output", str(tmp_path), "--train.max_steps", "1", "--seeds", "1"]
+    assert main(["evaluate", *words]) == 0
+    assert "mine, accuracy" in capsys.readouterr().out
+    assert main(["evaluate", *words[4:]]) == 2
+    assert "tasks: is required and not given" in capsys.readouterr().err

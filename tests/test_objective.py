@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pydistill import SoftTarget
+from pydistill import AttentionRelation, SoftTarget
 from pydistill.objective import Objective
 
 
@@ -49,6 +49,31 @@ def test_weighted_sum_and_unweighted_parts() -> None:
     torch.testing.assert_close(parts["hard"], expected.detach())
     torch.testing.assert_close(total.detach(), 0.25 * parts["soft_target"] + 3.0 * parts["hard"])
     assert total.requires_grad and not any(part.requires_grad for part in parts.values())
+
+
+def test_parts_of_a_term_are_logged_beside_it() -> None:
+    class Halves(Squares):
+        def forward_with_parts(self, *arguments: Any, **options: Any) -> Any:
+            value = self.forward(*arguments, **options)
+            return value, {"left": 0.5 * value.detach(), "right": 0.5 * value.detach()}
+
+    student, teacher, batch = signals()
+    total, parts = Objective([Halves("a", weight=3.0), Squares("b")])(student, teacher, batch)
+    assert list(parts) == ["a", "a.left", "a.right", "b"]
+    torch.testing.assert_close(parts["a.left"] + parts["a.right"], parts["a"])
+    # Parts are for reading: the sum is that of the terms.
+    torch.testing.assert_close(total.detach(), 3 * parts["a"] + parts["b"])
+
+
+def test_relations_are_parts_of_their_term() -> None:
+    torch.manual_seed(0)
+    kinds = ("queries@-1", "keys@-1", "values@-1")
+    student, teacher = ({kind: torch.randn(2, 3, 5, 4) for kind in kinds} for _ in range(2))
+    term = AttentionRelation(relation_weights=[1.0, 0.25])
+    total, parts = Objective([term])(student, teacher, {"input_ids": torch.zeros(2, 5, dtype=torch.long)})
+    assert list(parts) == ["attention_relation", "attention_relation.qk", "attention_relation.vv"]
+    torch.testing.assert_close(total, parts["attention_relation.qk"] + 0.25 * parts["attention_relation.vv"])
+    torch.testing.assert_close(total, term(student, teacher, {"input_ids": torch.zeros(2, 5)}))
 
 
 def test_sum_does_not_share_memory_with_its_parts() -> None:

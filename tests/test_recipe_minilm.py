@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from transformers import (
 )
 
 import pydistill
+from pydistill.cli import main
 from pydistill.config import ConfigError, load_config
 from pydistill.plan import PlanError
-from pydistill.recipes import minilm, run
+from pydistill.recipes import minilm, minilm_report, run
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +83,15 @@ def complaint(folder: Path, output: Path, **more: Any) -> str:
 
 def test_a_student_learns_the_relations_and_loads_as_a_model(shared: Path, tmp_path: Path) -> None:
     results = start(shared, tmp_path / "run")
-    (student,) = results["models"]
+    teacher, student = results["models"]
+    assert (teacher["name"], teacher["layers"], student["layers"], student["hidden_size"]) == ("teacher", 4, 2, 16)
+    assert student["loss_to_teacher"] == student["loss_after"]
     assert student["loss_after"] < 0.5 * student["loss_before"]
     assert student["steps"] == 60 and len(student["curve"]) >= 6
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"student", "metrics.json", "config.yaml", "data.sha256"}
+    pictures = {"comparison.png", "curves.png", "relations.png"}
+    files = {"metrics.json", "relations.json", "config.yaml", "data.sha256", "report.html"}
+    assert names == {"student"} | pictures | files
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == results
     model = AutoModel.from_pretrained(tmp_path / "run" / "student")
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (2, 16)
@@ -124,8 +130,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     more |= {"assistant": {"hidden_size": 16, "train": {"max_steps": 30}}, "objective__relations": ["qq", "kk", "vv"]}
     more |= {"objective__relation_heads": 8}
     whole = start(shared, tmp_path / "whole", **more)
-    assert [model["name"] for model in whole["models"]] == ["assistant", "student"]
-    assert whole["models"][1]["source"] == str(tmp_path / "whole" / "assistant")
+    assert [model["name"] for model in whole["models"]] == ["teacher", "assistant", "student"]
+    # The student's own loss is against the assistant.
+    assert whole["models"][2]["loss_to_teacher"] != whole["models"][2]["loss_after"]
+    assert whole["models"][2]["source"] == str(tmp_path / "whole" / "assistant")
     trained = minilm.DistillationTrainer.train
     calls = []
 
@@ -145,15 +153,68 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     first, second = (AutoModel.from_pretrained(tmp_path / name / "student") for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     for key in ("loss_before", "loss_after", "steps"):
-        assert again["models"][1][key] == whole["models"][1][key]
+        assert again["models"][2][key] == whole["models"][2][key]
 
 
 def test_the_teacher_s_layer_is_the_one_that_is_read(shared: Path, tmp_path: Path) -> None:
     # A copy of the first two layers has the second layer's relations, exactly; it has not those of the last.
     more = {"student__hidden_size": 32, "student__initialization": "layers", "train__max_steps": 1}
-    second = start(shared, tmp_path / "second", teacher__layer=1, **more)["models"][0]
-    last = start(shared, tmp_path / "last", student__copy_layers=[0, 1], **more)["models"][0]
+    second = start(shared, tmp_path / "second", teacher__layer=1, **more)["models"][1]
+    last = start(shared, tmp_path / "last", student__copy_layers=[0, 1], **more)["models"][1]
     assert second["loss_before"] < 1e-6 < 1e-2 < last["loss_before"]
+
+
+def test_the_relations_of_teacher_and_student_are_drawn(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"train__max_steps": 30, "assistant": {"hidden_size": 16, "layers": 4}}
+    start(shared, tmp_path / "run", **more)
+    printed = capsys.readouterr().out
+    maps = json.loads((tmp_path / "run" / "relations.json").read_text())
+    names = ["teacher", "assistant, distilled", "student, at the start", "student, distilled"]
+    assert [model["name"] for model in maps["models"]] == names and maps["head_count"] == 4
+    held_out = [text for text, _ in sentences(400, seed=5)][7::8]
+    assert maps["text"] in held_out and maps["tokens"][1:-1] == maps["text"].split()
+    assert (maps["tokens"][0], maps["tokens"][-1]) == ("[CLS]", "[SEP]")
+    teacher, _, before, after = maps["models"]
+    for relation in ("qk", "vv"):
+        assert teacher["divergence"][relation] < 1e-6
+        assert after["divergence"][relation] < 0.8 * before["divergence"][relation]
+        (matrix,) = after["matrices"][relation]  # the mean of the heads
+        assert [sum(row) for row in matrix] == pytest.approx([1] * len(maps["tokens"]), abs=1e-3)
+    # One table, where the report is, and a command that works.
+    assert "to the teacher" in printed and f"report:  {tmp_path / 'run' / 'report.html'}" in printed
+    assert "try it:  pydistill evaluate --tasks.mine.data.train YOUR.tsv" in printed
+
+    # The same folder with another text and single heads: only the picture is made anew.
+    chosen = {"picture": {"sentence": "the film is a great story", "heads": [0, 3]}}
+    start(shared, tmp_path / "run", resume=True, **more, **chosen)
+    assert "[student] kept from before" in capsys.readouterr().out
+    again = json.loads((tmp_path / "run" / "relations.json").read_text())
+    assert again["tokens"] == ["[CLS]", *"the film is a great story".split(), "[SEP]"] and again["heads"] == [0, 3]
+    assert [len(model["matrices"]["qk"]) for model in again["models"]] == [2] * 4
+    assert again["models"][0]["matrices"]["qk"][0] != again["models"][0]["matrices"]["qk"][1]
+
+
+def test_a_report_is_drawn_again_and_shows_every_relation(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = start(shared, tmp_path / "run", corpus__held_out=0, objective__relations=["qq", "kk", "vv"])
+    (tmp_path / "run" / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "report: " in printed and "student" in printed
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "no text was held out" in page and minilm.PICTURE_TEXT in page
+    # The parts of the loss are logged, and are drawn.
+    logged = results["models"][1]["curve"][0]
+    parts = [logged[f"loss_attention_relation.{name}"] for name in ("qq", "kk", "vv")]
+    assert sum(parts) == pytest.approx(logged["loss"], rel=1e-3) and min(parts) > 0
+    left, right = minilm_report.draw_curves(results).axes
+    assert [text.get_text()[:2] for text in left.get_legend().get_texts()] == ["QQ", "KK", "VV", "th"]
+    assert not right.lines
 
 
 def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
@@ -179,6 +240,7 @@ def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
         ),
         ({"objective__relation_heads": 32}, "hidden size 16 of student, got 32"),
         ({"objective__student_layer": 2}, "objective.student_layer: student has 2 layers, got 2"),
+        ({"picture__heads": [0, 4]}, "picture.heads: must be from 0 to 3, the relation heads, got 4"),
         ({"corpus__max_length": 65}, "corpus.max_length: must be at most 64"),
         ({"corpus__files": ["none.txt"]}, "none.txt: there is no such file"),
         ({"corpus__held_out": 1000}, "no text is held out with held_out 1000"),
@@ -201,7 +263,7 @@ def test_another_corpus_is_not_continued(shared: Path, tmp_path: Path) -> None:
     texts.write_text((shared / "texts.txt").read_text())
     keys = {"corpus__files": [str(texts)], "train__max_steps": 2}
     start(shared, tmp_path / "run", **keys)
-    assert start(shared, tmp_path / "run", resume=True, **keys)["models"][0]["steps"] == 2
+    assert start(shared, tmp_path / "run", resume=True, **keys)["models"][1]["steps"] == 2
     texts.write_text("another text\n" + texts.read_text())
     with pytest.raises(PlanError, match="the corpus has changed since the run"):
         start(shared, tmp_path / "run", resume=True, **keys)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pydistill import report
+from pydistill import recipes, report
+from pydistill.recipes import bilstm_report
 
 
 def make_results() -> dict[str, Any]:
@@ -67,9 +68,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_table_holds_means_spreads_and_ratios() -> None:
-    rows = report.table(make_results())
+    rows = bilstm_report.table(make_results())
     assert [row[0] for row in rows[1:]] == [
-        report.TITLES[name] for name in ("teacher", "hard", "distilled", "augmented")
+        bilstm_report.TITLES[name] for name in ("teacher", "hard", "distilled", "augmented")
     ]
     assert rows[1][1] == "80.0"
     assert rows[2][1] == "62.0 ± 2.0"  # sample deviation of 60, 62, 64
@@ -84,14 +85,14 @@ def test_text_table_is_aligned() -> None:
 
 
 def test_page_is_self_contained_and_escaped(folder: Path) -> None:
-    page = report.write_report(folder)
+    page = recipes.report(folder)[0]
     text = page.read_text(encoding="utf-8")
     assert text.count("data:image/png;base64,") == 2
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "<b>description</b>" not in text and "&lt;b&gt;description" in text
     assert "dev &amp; test differ" in text
     assert "distillation +6.0, distillation with augmentation +14.0" in text
-    for row in report.table(make_results()):
+    for row in bilstm_report.table(make_results()):
         for cell in row:
             assert cell.replace("&", "&amp;") in text
     assert not list(folder.glob("*.tmp*")) and not list(folder.glob(".*"))
@@ -99,23 +100,25 @@ def test_page_is_self_contained_and_escaped(folder: Path) -> None:
 
 def test_pictures_show_every_model() -> None:
     results = make_results()
-    left, right = report.draw_comparison(results).axes
-    assert [label.get_text().replace("\n", " ") for label in left.get_yticklabels()] == list(report.TITLES.values())
+    left, right = bilstm_report.draw_comparison(results).axes
+    assert [label.get_text().replace("\n", " ") for label in left.get_yticklabels()] == list(
+        bilstm_report.TITLES.values()
+    )
     assert len(right.patches) == 4
-    curves, losses = report.draw_curves(results).axes
+    curves, losses = bilstm_report.draw_curves(results).axes
     assert len(curves.lines) == 9 + 1  # three students with three seeds, and the teacher's level
     assert len(losses.lines) == 9
     assert curves.lines[0].get_ydata()[-1] == pytest.approx(80.0)
     assert curves.get_xscale() == "linear"
     results["models"][3]["runs"][0]["steps"] = 3000
-    assert report.draw_curves(results).axes[0].get_xscale() == "log"
+    assert bilstm_report.draw_curves(results).axes[0].get_xscale() == "log"
 
 
 def test_best_student_is_chosen_on_dev_not_on_test() -> None:
     results = make_results()
     results["models"][1]["runs"][0]["dev"]["accuracy"] = 0.99
-    assert report.best_student(results)["folder"] == "students/hard-seed1"
-    assert report.predict_line(Path("runs/x"), results).startswith(
+    assert bilstm_report.best_student(results)["folder"] == "students/hard-seed1"
+    assert bilstm_report.predict_line(Path("runs/x"), results).startswith(
         'pydistill predict runs/x/students/hard-seed1 "a fine film"'
     )
 
@@ -124,13 +127,32 @@ def test_single_seed_has_no_spread() -> None:
     assert report.mean_and_spread([71.25]) == "71.2"
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"models": []}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "{", '{"models": []}', "[]", '{"recipe": "bilstm", "models": [], "stages": [], "environment": {}}'],
+)
 def test_folder_without_metrics_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(report.ReportError, match=r"metrics"):
-        report.write_report(tmp_path)
+        recipes.report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"recipe": "other"}, "is a run of 'other', and only those of bilstm, minilm have a report"),
+        ({"task": {}}, "lacks what the report of bilstm shows (KeyError: 'train'); continue the run with this version"),
+        ({"models": []}, "lacks what the report of bilstm shows"),
+    ],
+)
+def test_run_of_another_kind_is_refused(folder: Path, change: dict[str, Any], rule: str) -> None:
+    (folder / "metrics.json").write_text(json.dumps(make_results() | change))
+    with pytest.raises(report.ReportError) as caught:
+        recipes.report(folder)
+    assert rule in str(caught.value)
+    assert not (folder / "report.html").exists()
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -593,6 +593,16 @@ class AttentionRelation(nn.Module):
 
         ``attention_mask [B, N]`` and ``segment_ids [B, N]`` of the batch say which tokens see each other.
         """
+        return self.forward_with_parts(student, teacher, batch, num_items)[0]
+
+    def forward_with_parts(
+        self,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        num_items: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` returns, and the value of each relation by name, without its weight (0-d, detached)."""
 
         def read(signals: Mapping[str, Tensor], layer: int | str) -> dict[str, Tensor]:
             return {kind: signals[key] for kind in SIGNALS.values() if (key := f"{kind}@{layer}") in signals}
@@ -606,7 +616,7 @@ class AttentionRelation(nn.Module):
             segment_ids=batch.get("segment_ids"),
             num_items=num_items if self.options["reduction"] != "sum" else None,
             **self.options,
-        )[0]
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pydistill.config import RECIPES_FOLDER, BaseRun, ConfigError, find_recipe, load_config, read_yaml
+from pydistill.report import Page, ReportError, write_report
 
 # recipe key of a yaml file -> module with run(plan) -> results
 MODULES = {"bilstm": "pydistill.recipes.bilstm", "minilm": "pydistill.recipes.minilm"}
 # and where plan(config, resume=, overwrite=, dry_run=) is
 PLANNERS = {"bilstm": "pydistill.plan:plan_bilstm", "minilm": "pydistill.recipes.minilm:plan_minilm"}
+# and where page(folder, results) is: what the report shows
+PAGES = {"bilstm": "pydistill.recipes.bilstm_report:page", "minilm": "pydistill.recipes.minilm_report:page"}
 
 
 def available() -> dict[str, str]:
@@ -30,7 +33,33 @@ def planner(config: BaseRun) -> Callable[..., Any]:
     """
     if config.recipe not in PLANNERS:
         raise ConfigError(f"recipe: must be one of {', '.join(PLANNERS)}, got {config.recipe!r}")
-    module, _, name = PLANNERS[config.recipe].partition(":")
+    return _imported(PLANNERS[config.recipe])
+
+
+def page_of(folder: Path, results: dict[str, Any]) -> Page:
+    """Return what the report of the run in ``folder`` shows, of any recipe.
+
+    Raises:
+        ReportError: it is a run of none of the recipes.
+    """
+    if results["recipe"] not in PAGES:
+        raise ReportError(
+            f"{folder}: is a run of {results['recipe']!r}, and only those of {', '.join(PAGES)} have a report"
+        )
+    return _imported(PAGES[results["recipe"]])(folder, results)
+
+
+def report(folder: Path) -> tuple[Path, Page]:
+    """Draw the report of a finished run; return where it is and what it shows.
+
+    Raises:
+        ReportError: the folder is not that of a finished run of one of the recipes.
+    """
+    return write_report(folder, page_of)
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
 

@@ -8,7 +8,6 @@ on where it stopped: ``teacher/``, ``transfer/augmented/``, ``transfer/*-logits/
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import sys
 import time
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -41,17 +39,10 @@ from pydistill.distiller import Distiller
 from pydistill.inference import predict_logits
 from pydistill.metrics import classification_metrics
 from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, quiet
+from pydistill.recipes.bilstm_report import best_student, page
+from pydistill.recipes.costs import costs_of, how_speed_is_measured
 from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
-from pydistill.report import (
-    METRICS_FILE,
-    REPORT_FILE,
-    best_student,
-    predict_line,
-    table,
-    text_table,
-    write_report,
-    write_text,
-)
+from pydistill.report import METRICS_FILE, REPORT_FILE, text_table, write_report, write_text
 from pydistill.students.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from pydistill.students.words import build_word_tokenizer, word_vectors
 from pydistill.teachers import RecordedTeacher, label_transfer_set
@@ -61,9 +52,8 @@ from pydistill.trainer import DistillationTrainer, OptimizerConfig
 OWN_ENTRIES = ("teacher", "transfer", "students", WORK, METRICS_FILE, REPORT_FILE, CONFIG_FILE, DATA_FILE)
 OWN_PICTURES = ("comparison.png", "curves.png")
 MASK = AugmentConfig().mask_token
-# Rows that time a model, and how often: the best of the repeats is the least disturbed by other work on the machine.
+# Rows that time a model.
 TIMED_ROWS = {"teacher": 200, "student": 1000}
-TIMED_REPEATS = 3
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -82,10 +72,10 @@ def _run(plan: Plan) -> dict[str, Any]:
     results = _evaluate(plan, stages, teacher, students)
     write_text(plan.output / METRICS_FILE, json.dumps(results, indent=1))
     shutil.rmtree(plan.output / WORK, ignore_errors=True)
-    page = write_report(plan.output)
-    print(f"\n{text_table(table(results))}\n{results['measured']}\n")
-    print(f"report:  {page}\nstudent: {plan.output / best_student(results)['folder']}")
-    print(f"try it:  {predict_line(plan.output, results)}")
+    report, shown = write_report(plan.output, page)
+    print(f"\n{text_table(shown.table)}\n{shown.measured}\n")
+    print(f"report:  {report}\nstudent: {plan.output / best_student(results)['folder']}")
+    print(f"try it:  {shown.next_step}")
     return results
 
 
@@ -419,8 +409,13 @@ def _evaluate(
     run_of_teacher |= measure(teacher.model, teacher.tokenizer, config.teacher.max_length)
     models = [
         {"name": "teacher", "runs": [run_of_teacher]}
-        | _costs(
-            teacher.model, teacher.tokenizer, Path(teacher.source), rows[split], config.teacher.max_length, "teacher"
+        | costs_of(
+            teacher.model,
+            teacher.tokenizer,
+            Path(teacher.source),
+            rows[split],
+            config.teacher.max_length,
+            TIMED_ROWS["teacher"],
         )
     ]
     costs: dict[str, Any] = {}
@@ -434,7 +429,9 @@ def _evaluate(
             record["folder"] = str(folder.relative_to(plan.output))
             runs.append(record)
             # One architecture and vocabulary for all students: timing each would only show the noise of the machine.
-            costs = costs or _costs(student, tokenizer, folder, rows[split], config.student.max_length, "student")
+            costs = costs or costs_of(
+                student, tokenizer, folder, rows[split], config.student.max_length, TIMED_ROWS["student"]
+            )
             _write_card(plan, folder, arm, record, split)
         models.append({"name": arm, "runs": runs} | costs)
     return {
@@ -447,10 +444,8 @@ def _evaluate(
         "models": models,
         "stages": stages.done,
         "measured": (
-            f"{split}: {task.counts[split]:,} rows. Speed: tokenization and forward pass in float32 on the CPU "
-            f"({_cpu_name()}, threads: {torch.get_num_threads()}), rows in batches of similar length, best of "
-            f"{TIMED_REPEATS}. Parameters count what training changes plus the frozen word vectors; "
-            "without embeddings: everything but the embedding tables."
+            f"{split}: {task.counts[split]:,} rows. {how_speed_is_measured()} Parameters count what training changes "
+            "plus the frozen word vectors; without embeddings: everything but the embedding tables."
         ),
         "environment": _dispatch.environment(),
         "plan": str(plan),
@@ -466,49 +461,6 @@ def _example(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     short = [row for row in rows if 4 <= max(len(text.split()) for text in row) <= 12]
     plain = (row for row in short if not set("'\"\\$`!") & set("".join(row)))
     return next(plain, rows[0])
-
-
-def _costs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    rows: Sequence[tuple[str, ...]],
-    max_length: int,
-    kind: str,
-) -> dict[str, Any]:
-    """Return parameters with and without embedding tables, bytes of the weights, and sentences per second."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    outside = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in tables)
-    frozen = sum(
-        tensor.numel() for name, tensor in model.named_buffers() if "embeddings" in name and tensor.is_floating_point()
-    )
-    total = sum(tensor.numel() for tensor in model.parameters()) + frozen
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
-    device = model.device
-    model.cpu()
-    timed = [rows[index % len(rows)] for index in range(min(TIMED_ROWS[kind], 4 * len(rows)))]
-    predict_logits(model, tokenizer, timed[:64], max_length)
-    seconds = []
-    for _ in range(TIMED_REPEATS):
-        start = time.perf_counter()
-        predict_logits(model, tokenizer, timed, max_length)
-        seconds.append(time.perf_counter() - start)
-    nn.Module.to(model, device)
-    return {
-        "parameters": total,
-        "parameters_without_embeddings": outside,
-        # A teacher that came from the hub lies in its cache: the size of its parameters stands for that of its file.
-        "file_bytes": sum(file.stat().st_size for file in files) or sum(p.nbytes for p in model.parameters()),
-        "sentences_per_second": len(timed) / min(seconds),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _write_card(plan: Plan, folder: Path, arm: str, record: Mapping[str, Any], split: str) -> None:

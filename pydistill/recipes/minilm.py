@@ -13,7 +13,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainingArguments,
 )
 
@@ -51,14 +52,18 @@ from pydistill.plan import (
     resolve_model,
     teacher_dtype,
 )
+from pydistill.recipes.costs import costs_of, how_speed_is_measured
+from pydistill.recipes.minilm_report import RELATIONS_FILE, page
 from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
-from pydistill.report import METRICS_FILE, text_table, write_text
+from pydistill.relations import relation_matrices, token_labels
+from pydistill.report import METRICS_FILE, REPORT_FILE, text_table, write_report, write_text
 from pydistill.students.encoder import make_student, smaller_config, spaced_layers
 from pydistill.teachers import OnlineTeacher
 from pydistill.trainer import TRAINER_STATE, DistillationCollator, DistillationTrainer
 
 STAGES = ("assistant", "student")
-OWN_ENTRIES = (*STAGES, WORK, METRICS_FILE, CONFIG_FILE, DATA_FILE)
+OWN_PICTURES = ("comparison.png", "curves.png", "relations.png")
+OWN_ENTRIES = (*STAGES, WORK, METRICS_FILE, RELATIONS_FILE, REPORT_FILE, CONFIG_FILE, DATA_FILE, *OWN_PICTURES)
 TRAINING_FILE = "training.json"
 # How many of the first texts tell one corpus from another: a stream is not read to its end for that.
 FINGERPRINT_TEXTS = 256
@@ -66,6 +71,13 @@ FINGERPRINT_TEXTS = 256
 TIMED_BATCHES = 2
 # Rows that the teacher and the new student see at a time where no batch size is configured.
 ROWS_PER_BATCH = 32
+# Texts that time a finished model, and their longest length: those of a corpus for 512 tokens would take minutes.
+TIMED_TEXTS = {"teacher": 100, "assistant": 200, "student": 400}
+TIMED_LENGTH = 128
+# Tokens of the text whose relations are drawn: fewer show little, and more cannot be labelled.
+PICTURE_TOKENS = (10, 24)
+# Drawn where no text is held out: "it" may attend to the cat, the dog or the tree.
+PICTURE_TEXT = "The cat that the dog had chased climbed the old tree because it was afraid."
 
 
 class TeacherSection(Section):
@@ -115,6 +127,17 @@ class ObjectiveSection(Section):
     reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
 
+class PictureSection(Section):
+    """The picture of the attention relations of teacher and student for one text."""
+
+    sentence: str | None = Field(
+        None, min_length=1, description="cut to 24 tokens; absent: a short held-out text, or a built-in one"
+    )
+    heads: OneOrMore[int] | None = Field(
+        None, min_length=1, description="relation heads from 0, each drawn by itself; absent: the mean over all heads"
+    )
+
+
 class MiniLMConfig(BaseRun):
     """The recipe ``minilm``."""
 
@@ -126,6 +149,7 @@ class MiniLMConfig(BaseRun):
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     sample_tokens: int = Field(8192, gt=0, description="tokens of the corpus that the initialisation svd looks at")
     evaluation_texts: int = Field(256, gt=0, description="held-out texts that the loss is measured on")
+    picture: PictureSection = Field(default_factory=PictureSection)
     train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of every stage")
 
     @field_validator("train")
@@ -185,6 +209,12 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
             )
         encoders, found = _encoders(config, model_config)
         problems += found
+        heads = config.objective.relation_heads or model_config.num_attention_heads
+        problems += [
+            f"picture.heads: must be from 0 to {heads - 1}, the relation heads, got {head}"
+            for head in config.picture.heads or ()
+            if not 0 <= head < heads
+        ]
     texts = None
     if tokenizer is not None:
         texts = collect(problems, _first_texts, config, tokenizer)
@@ -367,7 +397,7 @@ def _run(plan: MiniLMPlan) -> dict[str, Any]:
     write_text(plan.output / DATA_FILE, _fingerprint(config, _first_texts(config, plan.tokenizer)))
     stages = Stages(plan.output)
     source, layer, named = plan.teacher, config.teacher.layer, config.teacher.model
-    models = []
+    models: list[dict[str, Any]] = []
     for stage in plan.encoders:
 
         def make(folder: Path, stage: str = stage, source: str = source, layer: int = layer) -> int:
@@ -376,24 +406,151 @@ def _run(plan: MiniLMPlan) -> dict[str, Any]:
         folder = stages.build(stage, make, f"learn from {named}, layer {layer}")
         models.append({"name": stage} | json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8")))
         source, layer, named = str(folder), config.objective.student_layer, f"the {stage}"
+    print("[compare] teacher and students on the same texts", flush=True)
+    compared, maps = _compare(plan, models)
     results = {
         "recipe": config.recipe,
         "description": config.description,
-        "models": models,
+        "objective": config.objective.model_dump(mode="json"),
+        "evaluation_texts": _count_evaluation_rows(config, plan.tokenizer),
+        "models": compared,
         "stages": stages.done,
+        "measured": (
+            f"{how_speed_is_measured()} Texts of at most {_timed_length(config)} tokens. "
+            "Without embeddings: everything but the embedding tables."
+        ),
         "environment": _dispatch.environment(),
         "plan": str(plan),
     }
+    write_text(plan.output / RELATIONS_FILE, json.dumps(maps))
     write_text(plan.output / METRICS_FILE, json.dumps(results, indent=1))
     shutil.rmtree(plan.output / WORK, ignore_errors=True)
-    rows = [["model", "parameters", "steps", "loss at the start", "at the end", "seconds"]]
-    for model in models:
-        losses = [f"{model[key]:.4f}" if model[key] is not None else "" for key in ("loss_before", "loss_after")]
-        rows.append(
-            [model["name"], f"{model['parameters']:,}", f"{model['steps']:,}", *losses, f"{model['seconds']:.0f}"]
-        )
-    print(f"\n{text_table(rows)}\n\nstudent: {plan.output / 'student'}")
+    report, shown = write_report(plan.output, page)
+    print(f"\n{text_table(shown.table)}\n{shown.lead}\n{shown.measured}\n")
+    print(f"report:  {report}\nstudent: {plan.output / 'student'}\ntry it:  {shown.next_step}")
     return results
+
+
+def _compare(plan: MiniLMPlan, trained: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return what teacher and students are and cost, and the attention relations of each for one text."""
+    config = plan.config
+    stream = load_corpus(config.corpus, plan.tokenizer, seed=config.seed)
+    teacher = AutoModel.from_pretrained(plan.teacher, dtype=torch.float32)
+    texts = _texts_to_look_at(config, plan.tokenizer)
+    rows = [(text,) for text in texts]
+    inputs, picture = _picture_text(config, plan.tokenizer, texts)
+    teacher_layer, student_layer = config.teacher.layer, config.objective.student_layer
+
+    def relations(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
+        return relation_matrices(
+            model, inputs, config.objective.relations, layer=layer, relation_heads=config.objective.relation_heads
+        )
+
+    def entry(name: str, model: PreTrainedModel, source: str) -> dict[str, Any]:
+        sizes = {
+            "layers": model.config.num_hidden_layers,
+            "hidden_size": model.config.hidden_size,
+            "heads": model.config.num_attention_heads,
+        }
+        costs = costs_of(model, plan.tokenizer, Path(source), rows, _timed_length(config), TIMED_TEXTS[name])
+        return {"name": name} | sizes | costs
+
+    truth = relations(teacher, teacher_layer)
+    drawn = [_drawn("teacher", truth, truth, config.picture.heads)]
+    depth = _depth(teacher.config, teacher_layer)
+    models = [entry("teacher", teacher, plan.teacher) | {"source": config.teacher.model, "layer": depth}]
+    source, layer = teacher, teacher_layer
+    for record in trained:
+        stage = record["name"]
+        folder = plan.output / stage
+        student = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        if stage == "student":
+            # As it was before its training: made again, from the same seed.
+            untrained = _new_student(plan, config.student, stage, source, layer, stream)
+            start = relations(untrained, student_layer)
+            drawn.append(_drawn("student, at the start", start, truth, config.picture.heads))
+        drawn.append(_drawn(f"{stage}, distilled", relations(student, student_layer), truth, config.picture.heads))
+        to_teacher = record["loss_after"]
+        if source is not teacher:
+            to_teacher = _held_out_loss(plan, student, teacher)
+        models.append(dict(record) | entry(stage, student, str(folder)) | {"loss_to_teacher": to_teacher})
+        source, layer = student, student_layer
+    return models, picture | {"heads": config.picture.heads, "head_count": _head_count(truth), "models": drawn}
+
+
+def _head_count(matrices: Mapping[str, Tensor]) -> int:
+    return next(iter(matrices.values())).size(0)
+
+
+def _drawn(
+    name: str, matrices: Mapping[str, Tensor], truth: Mapping[str, Tensor], heads: Sequence[int] | None
+) -> dict[str, Any]:
+    """Return what the picture shows of one model: by relation, its matrices and its divergence from the teacher."""
+
+    def divergence(p: Tensor, q: Tensor) -> float:
+        smallest = torch.finfo(q.dtype).tiny  # an underflown probability would make the sum infinite
+        return float((torch.xlogy(p, p) - torch.xlogy(p, q.clamp(min=smallest))).sum(-1).mean())
+
+    def chosen(matrix: Tensor) -> list[Tensor]:
+        return [matrix.mean(0)] if heads is None else [matrix[head] for head in heads]
+
+    return {
+        "name": name,
+        "divergence": {relation: divergence(truth[relation], matrix) for relation, matrix in matrices.items()},
+        "matrices": {
+            relation: [[[round(value, 5) for value in row] for row in one.tolist()] for one in chosen(matrix)]
+            for relation, matrix in matrices.items()
+        },
+    }
+
+
+def _texts_to_look_at(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Held-out texts, or the first of the corpus where none are held out."""
+    part: Literal["train", "held_out"] = "held_out" if config.corpus.held_out else "train"
+    return load_corpus(config.corpus, tokenizer, part=part).first_texts(config.evaluation_texts)
+
+
+def _picture_text(
+    config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the inputs of the text whose relations are drawn, and its tokens."""
+    fewest, most = PICTURE_TOKENS
+    most = min(most, config.corpus.max_length)
+    text = config.picture.sentence
+    if text is None:
+        lengths = map(len, tokenizer(list(texts))["input_ids"])
+        fitting = (one for one, length in zip(texts, lengths, strict=True) if fewest <= length <= most)
+        text = next(fitting, PICTURE_TEXT) if config.corpus.held_out else PICTURE_TEXT
+    ids = tokenizer(text, truncation=True, max_length=most)["input_ids"]
+    cut = len(tokenizer(text)["input_ids"]) > len(ids)
+    tokens = {"text": text, "cut": cut, "tokens": token_labels(tokenizer, ids)}
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}, tokens
+
+
+def _timed_length(config: MiniLMConfig) -> int:
+    return min(config.corpus.max_length, TIMED_LENGTH)
+
+
+def _count_evaluation_rows(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    rows = _evaluation_rows(config, tokenizer)
+    return 0 if rows is None else len(rows)
+
+
+def _held_out_loss(plan: MiniLMPlan, student: PreTrainedModel, teacher: PreTrainedModel) -> float | None:
+    """The loss of a student against the teacher of the run, which an assistant stood between."""
+    config = plan.config
+    rows = _evaluation_rows(config, plan.tokenizer)
+    if rows is None:
+        return None
+    trainer = DistillationTrainer(
+        Distiller(student, OnlineTeacher(teacher), _term(config, config.teacher.layer)),
+        _arguments(_block(config, "student") | {"eval_strategy": "no"}, plan.output / WORK, config.seed),
+        eval_dataset=rows,
+        processing_class=plan.tokenizer,
+        data_collator=_collator(config, plan.tokenizer, student),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer.evaluate()["eval_loss"]
 
 
 def _distil(plan: MiniLMPlan, stage: str, source: str, layer: int, folder: Path, scratch: Path) -> int:
@@ -432,7 +589,6 @@ def _distil(plan: MiniLMPlan, stage: str, source: str, layer: int, folder: Path,
         "source": source,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "parameters": sum(tensor.numel() for tensor in student.parameters()),
         "loss_before": json.loads(before_file.read_text(encoding="utf-8")),
         "loss_after": after,
         "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
