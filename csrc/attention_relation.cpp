@@ -9,11 +9,8 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <map>
-#include <memory>
-#include <numeric>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -30,18 +27,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int slots = 3;  // queries, keys, values
-
-struct Buffer {
-  void* data = nullptr;
-  Buffer() = default;
-  explicit Buffer(size_t bytes) : data(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {}
-  Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data, other.data);
-    return *this;
-  }
-  ~Buffer() { std::free(data); }
-};
 
 // Which tokens see each other.
 struct Sequences {
@@ -119,10 +104,13 @@ std::vector<double> run(const std::vector<RelationJob>& jobs) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   std::vector<double> values(jobs.size(), 0);
 
-  // Whole jobs side by side, the longest first; where there are fewer than threads, the parts of one job.
+  // Whole jobs side by side, the longest first; where the parts of one job would keep more threads busy than there are
+  // jobs, the jobs one after the other.
   std::vector<size_t> whole, split;
   for (size_t i = 0; i < jobs.size(); ++i) (kernel.one_sweep(jobs[i]) ? whole : split).push_back(i);
-  if (static_cast<int64_t>(whole.size()) < threads) {
+  int64_t parts = 0;
+  for (const size_t i : whole) parts = std::max(parts, kernel.parts(jobs[i]));
+  if (static_cast<int64_t>(whole.size()) < std::min(threads, parts)) {
     const auto rest =
         std::stable_partition(whole.begin(), whole.end(), [&](size_t i) { return kernel.symmetric(jobs[i]); });
     split.insert(split.end(), rest, whole.end());

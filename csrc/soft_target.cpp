@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -148,10 +146,9 @@ std::tuple<Tensor, Tensor> compute(const Tensor& student, const Tensor& teacher,
   // Less work than this is not worth waking a thread for.
   const int64_t grain = std::max<int64_t>(1, 32768 / (block * classes));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, decltype(&std::free)> scratch(
-        std::aligned_alloc(64, (kernel.scratch_bytes(a) + 63) / 64 * 64), &std::free);
+    const Buffer scratch(kernel.scratch_bytes(a));
     for (int64_t b = begin; b < end; ++b)
-      sums[b] = kernel.rows(a, b * block, std::min(a.rows, (b + 1) * block), scratch.get());
+      sums[b] = kernel.rows(a, b * block, std::min(a.rows, (b + 1) * block), scratch.data);
   });
 
   const auto write = [&](Tensor& t, double x) {

@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
 #include <optional>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -16,6 +18,19 @@
 #include "cpu/dtype.h"
 
 namespace pyd {
+
+// Memory for a kernel's own use, aligned to a vector.
+struct Buffer {
+  void* data = nullptr;
+  Buffer() = default;
+  explicit Buffer(size_t bytes) : data(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {}
+  Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data, other.data);
+    return *this;
+  }
+  ~Buffer() { std::free(data); }
+};
 
 inline Dtype dtype_of(const char* op, const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;

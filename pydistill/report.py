@@ -104,6 +104,24 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
+COSTS = ("parameters", "without embeddings", "file")
+
+
+def cost_cells(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+    """Format what a model costs, for the columns `COSTS`, rows per second, smaller and faster than its teacher."""
+    cells = [
+        f"{model['parameters']:,}",
+        f"{model['parameters_without_embeddings']:,}",
+        f"{model['file_bytes'] / 1e6:.1f} MB",
+        f"{model['sentences_per_second']:,.0f}",
+    ]
+    if model is teacher:
+        return [*cells, "", ""]
+    smaller = teacher["file_bytes"] / model["file_bytes"]
+    faster = model["sentences_per_second"] / teacher["sentences_per_second"]
+    return [*cells, times(smaller), times(faster)]
+
+
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Align a table for the terminal: the first column to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

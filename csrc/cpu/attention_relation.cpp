@@ -148,30 +148,7 @@ void block_gradient_of(const RelationJob& job, int64_t block, const void* statis
   write<V>(h.target(job.grad_b), begin, count, key_gradient, h.padded);
 }
 
-// Calls f<V, S, vectors>() for the job's dtype and block.
-template <class Function>
-PYD_INLINE auto with_vectors(const RelationJob& job, Function f) {
-  const auto choose = [&]<class V, class S>(V, S) {
-    const int vectors = one_sweep_of<V>(job) ? block_vectors<V>(job) : gemm_vectors;
-    if constexpr (V::width > 1) {
-      if (gemm_vectors != 2 && vectors == 2) return f.template operator()<V, S, 2>();
-      if (vectors == 1) return f.template operator()<V, S, 1>();
-    }
-    return f.template operator()<V, S, gemm_vectors>();
-  };
-  switch (job.dtype) {
-    case Dtype::bf16:
-      return choose(Floats{}, bf16{});
-    case Dtype::f16:
-      return choose(Floats{}, f16{});
-    case Dtype::f64:
-      return choose(Doubles{}, double{});
-    default:
-      return choose(Floats{}, float{});
-  }
-}
-
-// Calls f<V, S>() where the block does not matter.
+// Calls f<V, S>() for the job's dtype.
 template <class Function>
 PYD_INLINE auto with_types(const RelationJob& job, Function f) {
   switch (job.dtype) {
@@ -184,6 +161,19 @@ PYD_INLINE auto with_types(const RelationJob& job, Function f) {
     default:
       return f.template operator()<Floats, float>();
   }
+}
+
+// Calls f<V, S, vectors>() for the job's dtype and block.
+template <class Function>
+PYD_INLINE auto with_vectors(const RelationJob& job, Function f) {
+  return with_types(job, [&]<class V, class S>() {
+    const int vectors = one_sweep_of<V>(job) ? block_vectors<V>(job) : gemm_vectors;
+    if constexpr (V::width > 1) {
+      if (gemm_vectors != 2 && vectors == 2) return f.template operator()<V, S, 2>();
+      if (vectors == 1) return f.template operator()<V, S, 1>();
+    }
+    return f.template operator()<V, S, gemm_vectors>();
+  });
 }
 
 bool one_sweep(const RelationJob& job) {

@@ -71,7 +71,7 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const typename M::Word* 
     }
 }
 
-PYD_INLINE int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+PYD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class M, int vectors>
 void gemm_columns(int64_t rows, int64_t depth, const typename M::Word* a, int64_t a_row, int64_t a_depth,
@@ -81,7 +81,7 @@ void gemm_columns(int64_t rows, int64_t depth, const typename M::Word* a, int64_
   for (; r + gemm_rows <= rows; r += gemm_rows) {
     // Rows of A may lie pages apart, where the processor does not foresee the next.
     if (a_depth == 1)
-      for (int64_t next = r + gemm_rows; next < smaller_of(rows, r + 2 * gemm_rows); ++next)
+      for (int64_t next = r + gemm_rows; next < smaller(rows, r + 2 * gemm_rows); ++next)
         for (int64_t k = 0; k < depth; k += 64 / sizeof(*a)) __builtin_prefetch(a + next * a_row + k, 0, 3);
     gemm_tile<M, gemm_rows, vectors>(depth, a + r * a_row, a_row, a_depth, b, b_row, c + r * c_row, c_row, accumulate);
   }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import _dispatch
+from pydistill.losses.checks import check_detached, check_num_items, shape
 from pydistill.losses.gradient import check_first_order, scaled
 
 LOSS = "attention_relation"
@@ -82,7 +83,7 @@ def attention_relation_reference(
 def split_heads(heads: Tensor, relation_heads: int | None) -> Tensor:
     """All heads concatenated and split into `relation_heads`: ``[B, H, N, d] -> [B, A, N, H * d / A]``.
 
-    The features of a token stay together (MiniLMv2, arXiv 2012.15828, section 3.1): heads move next to features before
+    The features of a token stay together (MiniLMv2, arXiv 2012.15828): heads move next to features before
     the split. None leaves the heads as they are.
     """
     if relation_heads is None or relation_heads == heads.size(1):
@@ -104,10 +105,6 @@ def _fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{LOSS}: {message}")
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
 def _check_options(reduction: str, relation_heads: int | None, scale: float | None, num_items: Any) -> None:
     if reduction not in REDUCTIONS:
         _fail(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
@@ -118,11 +115,7 @@ def _check_options(reduction: str, relation_heads: int | None, scale: float | No
     if num_items is not None:
         if reduction not in ("sequence_mean", "token_mean"):
             _fail(f"num_items replaces the denominator of a mean, got reduction={reduction!r}")
-        if isinstance(num_items, Tensor):
-            if num_items.numel() != 1:
-                _fail(f"num_items must be a number or a tensor of one element, got shape {_shape(num_items)}")
-        elif not num_items > 0:
-            _fail(f"num_items must be above 0, got {num_items}")
+        check_num_items(_fail, num_items)
 
 
 def _check_tensors(name: str, student: Tensor, teacher: Tensor) -> None:
@@ -130,44 +123,43 @@ def _check_tensors(name: str, student: Tensor, teacher: Tensor) -> None:
         if not tensor.is_floating_point():
             _fail(f"{side}_{name} must be a floating-point tensor, got {tensor.dtype}", TypeError)
         if tensor.dim() != 4 or tensor.size(1) < 1 or tensor.size(3) < 1:
-            _fail(f"{side}_{name} must have shape [B, H, N, d] with at least one head, got {_shape(tensor)}")
+            _fail(f"{side}_{name} must have shape [B, H, N, d] with at least one head, got {shape(tensor)}")
     if student.size(0) != teacher.size(0) or student.size(2) != teacher.size(2):
         _fail(
-            f"teacher_{name} must have the student's batch and positions, got {_shape(teacher)} vs {_shape(student)}; "
+            f"teacher_{name} must have the student's batch and positions, got {shape(teacher)} vs {shape(student)}; "
             "both models must read the same tokens"
         )
     if student.device != teacher.device:
         _fail(f"teacher_{name} must be on {student.device} like student_{name}, got {teacher.device}")
-    if teacher.requires_grad:
-        _fail(
-            f"teacher_{name} requires grad, but the teacher never receives a gradient; pass teacher_{name}.detach()",
-            RuntimeError,
-        )
+    check_detached(_fail, f"teacher_{name}", teacher)
 
 
 def _check_pair(side: str, a: Tensor, b: Tensor) -> None:
     if a.shape[0] != b.shape[0] or a.shape[2:] != b.shape[2:] or a.size(1) % b.size(1) != 0:
         _fail(
-            f"{side}_b must match {side}_a, with as many heads or (grouped queries) a divisor of them, got {_shape(b)} "
-            f"vs {_shape(a)}"
+            f"{side}_b must match {side}_a, with as many heads or (grouped queries) a divisor of them, got {shape(b)} "
+            f"vs {shape(a)}"
         )
 
 
 def _check_heads(student: Tensor, teacher: Tensor, relation_heads: int | None) -> None:
     widths = [tensor.size(1) * tensor.size(3) for tensor in (student, teacher)]
     common = math.gcd(*widths)
-    fitting = ", ".join(str(count) for count in range(1, common + 1) if common % count == 0)
     if relation_heads is None:
         if student.size(1) != teacher.size(1):
             _fail(
                 f"student and teacher have {student.size(1)} and {teacher.size(1)} heads; pass relation_heads, one of "
-                f"{fitting}, to compare them after all heads are joined and split again"
+                f"{_divisors(common)}, to compare them after all heads are joined and split again"
             )
     elif common % relation_heads != 0:
         _fail(
             f"relation_heads must divide the student's width {widths[0]} and the teacher's {widths[1]}, got "
-            f"{relation_heads}; pass one of {fitting}"
+            f"{relation_heads}; pass one of {_divisors(common)}"
         )
+
+
+def _divisors(width: int) -> str:
+    return ", ".join(str(count) for count in range(1, width + 1) if width % count == 0)
 
 
 def _check_tokens(student: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> None:
@@ -179,7 +171,7 @@ def _check_tokens(student: Tensor, mask: Tensor | None, segment_ids: Tensor | No
             rule = "boolean or integer (non-zero = valid)" if name == "mask" else "integers, one id per packed sequence"
             _fail(f"{name} must hold {rule}, got {tensor.dtype}", TypeError)
         if list(tensor.shape) != tokens:
-            _fail(f"{name} must have one entry per token, [B, N] = {tokens}, got {_shape(tensor)}")
+            _fail(f"{name} must have one entry per token, [B, N] = {tokens}, got {shape(tensor)}")
         if tensor.device != student.device:
             _fail(f"{name} must be on {student.device} like the student's tensors, got {tensor.device}")
 

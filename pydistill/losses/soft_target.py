@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import _dispatch
+from pydistill.losses.checks import check_detached, check_num_items, shape
 from pydistill.losses.gradient import scaled
 
 LOSS = "soft_target"
@@ -121,10 +122,6 @@ def _fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{LOSS}: {message}")
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
 def _check_options(
     divergence: str,
     temperature: float,
@@ -151,31 +148,27 @@ def _check_options(
     if num_items is not None:
         if reduction != "mean":
             _fail(f"num_items replaces the denominator of reduction='mean', got reduction={reduction!r}")
-        if isinstance(num_items, Tensor):
-            if num_items.numel() != 1:
-                _fail(f"num_items must be a number or a tensor of one element, got shape {_shape(num_items)}")
-        elif not num_items > 0:
-            _fail(f"num_items must be above 0, got {num_items}")
+        check_num_items(_fail, num_items)
 
 
 def _check_rows(student_logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
     if not student_logits.is_floating_point():
         _fail(f"student_logits must be a floating-point tensor, got {student_logits.dtype}", TypeError)
     if student_logits.dim() < 1 or student_logits.size(-1) < 1:
-        _fail(f"student_logits must have shape [*, C] with at least one class, got {_shape(student_logits)}")
+        _fail(f"student_logits must have shape [*, C] with at least one class, got {shape(student_logits)}")
     rows = student_logits.shape[:-1]
     if labels is not None:
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
             _fail(f"labels must hold integer class ids, got {labels.dtype}", TypeError)
         if labels.shape != rows:
-            _fail(f"labels must have one id per row, {list(rows)}, got {_shape(labels)}")
+            _fail(f"labels must have one id per row, {list(rows)}, got {shape(labels)}")
         if labels.device != student_logits.device:
             _fail(f"labels must be on {student_logits.device} like student_logits, got {labels.device}")
     if mask is not None:
         if mask.is_floating_point() or mask.is_complex():
             _fail(f"mask must be boolean or integer (non-zero = valid), got {mask.dtype}", TypeError)
         if mask.shape != rows:
-            _fail(f"mask must have one entry per row, {list(rows)}, got {_shape(mask)}")
+            _fail(f"mask must have one entry per row, {list(rows)}, got {shape(mask)}")
         if mask.device != student_logits.device:
             _fail(f"mask must be on {student_logits.device} like student_logits, got {mask.device}")
 
@@ -191,15 +184,10 @@ def _check_teacher(student_logits: Tensor, teacher_logits: Tensor) -> None:
                 "both sides first (padding with a constant would leak probability mass)"
             )
     elif student_logits.shape != teacher_logits.shape:
-        _fail(f"teacher_logits must match student_logits, got {_shape(teacher_logits)} vs {_shape(student_logits)}")
+        _fail(f"teacher_logits must match student_logits, got {shape(teacher_logits)} vs {shape(student_logits)}")
     if teacher_logits.device != student_logits.device:
         _fail(f"teacher_logits must be on {student_logits.device} like student_logits, got {teacher_logits.device}")
-    _check_detached("teacher_logits", teacher_logits)
-
-
-def _check_detached(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        _fail(f"{name} requires grad, but the teacher never receives a gradient; pass {name}.detach()", RuntimeError)
+    check_detached(_fail, "teacher_logits", teacher_logits)
 
 
 def _check_inplace(student_logits: Tensor, impl: str) -> None:
@@ -218,7 +206,7 @@ def _check_inplace(student_logits: Tensor, impl: str) -> None:
     if not student_logits.is_contiguous():
         _fail(
             f"inplace=True needs contiguous student_logits, got strides {student_logits.stride()} for shape "
-            f"{_shape(student_logits)}; pass inplace=False, or slice before the output layer"
+            f"{shape(student_logits)}; pass inplace=False, or slice before the output layer"
         )
 
 
@@ -454,7 +442,7 @@ def sparse_soft_target_loss(
     """
     _check_options(divergence, temperature, hard_weight, jsd_beta, reduction, num_items, labels)
     _check_rows(student_logits, labels, mask)
-    _check_detached("teacher_log_probs", teacher_log_probs)
+    check_detached(_fail, "teacher_log_probs", teacher_log_probs)
     if divergence == "mse":
         _fail(
             "divergence='mse' needs the teacher's full logits, and this teacher is sparse; "
@@ -469,8 +457,8 @@ def sparse_soft_target_loss(
         _fail(f"teacher_log_probs must be a floating-point tensor, got {teacher_log_probs.dtype}", TypeError)
     if teacher_ids.shape != teacher_log_probs.shape or teacher_ids.shape[:-1] != rows:
         _fail(
-            f"teacher_ids and teacher_log_probs must both have shape {[*rows, 'K']}, got {_shape(teacher_ids)} and "
-            f"{_shape(teacher_log_probs)}"
+            f"teacher_ids and teacher_log_probs must both have shape {[*rows, 'K']}, got {shape(teacher_ids)} and "
+            f"{shape(teacher_log_probs)}"
         )
     listed = teacher_ids.size(-1)
     if not 1 <= listed <= classes:

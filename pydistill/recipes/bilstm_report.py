@@ -8,7 +8,16 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydistill.report import OTHER_COLOUR, TEACHER_COLOUR, Page, Picture, draw_speeds, mean_and_spread, times
+from pydistill.report import (
+    COSTS,
+    OTHER_COLOUR,
+    TEACHER_COLOUR,
+    Page,
+    Picture,
+    cost_cells,
+    draw_speeds,
+    mean_and_spread,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,9 +65,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         "model",
         f"{METRIC_NAMES[results['metric']]}, %",
         "of teacher",
-        "parameters",
-        "without embeddings",
-        "file",
+        *COSTS,
         "sentences/s",
         "smaller",
         "faster",
@@ -66,18 +73,14 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     rows = [header]
     for model in results["models"]:
         values = scores(model, results)
-        own = model is teacher
         rows.append(
             [
                 TITLES.get(model["name"], model["name"]),
                 mean_and_spread(values),
-                "" if own or teacher_score <= 0 else f"{100 * statistics.fmean(values) / teacher_score:.1f} %",
-                f"{model['parameters']:,}",
-                f"{model['parameters_without_embeddings']:,}",
-                f"{model['file_bytes'] / 1e6:.1f} MB",
-                f"{model['sentences_per_second']:,.0f}",
-                "" if own else times(teacher["file_bytes"] / model["file_bytes"]),
-                "" if own else times(model["sentences_per_second"] / teacher["sentences_per_second"]),
+                ""
+                if model is teacher or teacher_score <= 0
+                else f"{100 * statistics.fmean(values) / teacher_score:.1f} %",
+                *cost_cells(model, teacher),
             ]
         )
     return rows

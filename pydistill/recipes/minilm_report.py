@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydistill.report import TEACHER_COLOUR, Page, Picture, draw_speeds, times
+from pydistill.report import COSTS, TEACHER_COLOUR, Page, Picture, cost_cells, draw_speeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +53,9 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     teacher, *trained = results["models"]
     between = len(trained) > 1  # an assistant: the student's own loss is against the assistant
     header = ["model", "layers x hidden", "held-out loss before", "after", *(["to the teacher"] if between else [])]
-    header += ["parameters", "without embeddings", "file", "texts/s", "smaller", "faster"]
+    header += [*COSTS, "texts/s", "smaller", "faster"]
     rows = [header]
     for model in results["models"]:
-        own = model is teacher
         losses = [_loss(model.get("loss_before")), _loss(model.get("loss_after"))]
         if between:
             losses.append(_loss(model.get("loss_to_teacher")))
@@ -65,12 +64,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
                 model["name"],
                 f"{model['layers']} x {model['hidden_size']}",
                 *losses,
-                f"{model['parameters']:,}",
-                f"{model['parameters_without_embeddings']:,}",
-                f"{model['file_bytes'] / 1e6:.1f} MB",
-                f"{model['sentences_per_second']:,.0f}",
-                "" if own else times(teacher["file_bytes"] / model["file_bytes"]),
-                "" if own else times(model["sentences_per_second"] / teacher["sentences_per_second"]),
+                *cost_cells(model, teacher),
             ]
         )
     return rows
