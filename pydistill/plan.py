@@ -275,12 +275,15 @@ def load_model_config(model: str) -> PretrainedConfig:
 
 def load_tokenizer(source: str | None, model: str) -> PreTrainedTokenizerBase:
     """Load the teacher's tokenizer, from its own folder or from ``teacher.tokenizer``."""
+    advice = "name a tokenizer with --teacher.tokenizer"
     try:
-        return AutoTokenizer.from_pretrained(resolve_path(source) if source else model)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(source) if source else model)
     except (OSError, ValueError) as error:
-        raise PlanError(
-            f"teacher.tokenizer: {source or model}: {_first_line(error)}; name a tokenizer with --teacher.tokenizer"
-        ) from None
+        raise PlanError(f"teacher.tokenizer: {source or model}: {_first_line(error)}; {advice}") from None
+    # Where the files are missing transformers makes up a tokenizer that knows nothing but its special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise PlanError(f"teacher.tokenizer: {source or model} holds a model but no tokenizer files; {advice}")
+    return tokenizer
 
 
 def _first_line(error: BaseException) -> str:

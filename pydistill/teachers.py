@@ -175,6 +175,7 @@ def label_transfer_set(
     *,
     text_columns: str | Sequence[str],
     output: str | Path,
+    shared: bool = False,
     batch_size_tokens: int = 4096,
     dtype: torch.dtype = torch.float32,
     max_length: int = 128,
@@ -185,10 +186,10 @@ def label_transfer_set(
     """Record a teacher's logits for every row, once per distinct text.
 
     The texts are sorted by their number of tokens and run longest first, in batches of one length: nothing is
-        padded, so a row's logits are its own whatever it shares a batch with, and what does not fit in memory
-        shows at once. What is finished is written to `output` every `flush_seconds`, in files
-    that appear whole or not at all: after an interruption the same call goes on where the last one stopped,
-        and the result is the same to the bit. A finished folder is read back without running anything.
+    padded, so a row's logits are its own whatever it shares a batch with, and what does not fit in memory shows
+    at once. What is finished is written to `output` every `flush_seconds`, in files that appear whole or not at
+    all: after an interruption the same call goes on where the last one stopped, and the result is the same to
+    the bit. A finished folder is read back without running anything.
 
     Rows are paired with logits by their text, so the same folder serves the rows in any order and any number
     of times. The folder belongs to exactly these texts, tokenizer, weights, `dtype` and `max_length`.
@@ -199,6 +200,8 @@ def label_transfer_set(
         tokenizer: the teacher's.
         text_columns: one column, or two for sentence pairs.
         output: folder to keep the logits in; new, empty, or of an earlier call.
+        shared: `output` keeps the logits of any number of transfer sets, each in a folder named by its key (texts,
+            tokenizer, weights and settings).
         batch_size_tokens: most tokens per batch (a single longer row is a batch).
         dtype: arithmetic of the forward; a model of another dtype is copied and cast.
         max_length: tokens kept per row, special tokens included.
@@ -225,7 +228,8 @@ def label_transfer_set(
         "settings": {"dtype": str(dtype).removeprefix("torch."), "max_length": max_length},
         "rows": len(distinct),
     }
-    store = _LogitStore(Path(output), manifest, resume)
+    folder = Path(output) / _hash_json(manifest)[:16] if shared else Path(output)
+    store = _LogitStore(folder, manifest, resume)
     missing = store.missing()
     if missing.size:
         with _inference_copy(model, dtype) as teacher:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def refusal(folder: Path, **more: Any) -> str:
         make_plan(folder, **more)
     assert not (folder / "out").exists(), "a refused plan leaves nothing behind"
     return str(caught.value)
+
+
+def test_a_teacher_without_tokenizer_files_is_refused(shared: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(shared / "bert" / name, tmp_path)
+    words = refusal(shared, teacher__model=str(tmp_path))
+    assert f"teacher.tokenizer: {tmp_path} holds a model but no tokenizer files" in words
+    make_plan(shared, teacher__model=str(tmp_path), teacher__tokenizer=str(shared / "bert"))
 
 
 def test_a_plan_says_what_will_happen(shared: Path) -> None:

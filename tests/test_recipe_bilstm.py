@@ -291,6 +291,10 @@ def test_recorded_logits_can_be_shared_between_runs(
     keys = settings(shared, tmp_path / "run", teacher__fine_tune=None, seeds=[1], arms=["distilled"])
     keys |= {"teacher.model": str(shared / "run" / "teacher"), "teacher.logits_folder": str(tmp_path / "logits")}
     run("bilstm", keys | {"output": str(tmp_path / "one")})
+    # Other texts find a folder of their own beside the first.
+    augmented = keys | {"output": str(tmp_path / "augmented"), "arms": ["augmented"], "augment.n_iter": 1}
+    run("bilstm", augmented)
+    run("bilstm", augmented | {"output": str(tmp_path / "unmasked"), "augment.masking": False})
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher was asked again")

@@ -201,7 +201,7 @@ def _augment(plan: Plan, stages: Stages) -> Dataset:
 
 def _label(plan: Plan, stages: Stages, teacher: TeacherHandle, name: str, rows: Dataset) -> Dataset:
     config, columns = plan.config.teacher, plan.task.text_columns
-    kept = Path(config.logits_folder).expanduser() / name if config.logits_folder else None
+    kept = Path(config.logits_folder).expanduser() if config.logits_folder else None
 
     def make(folder: Path) -> int:
         labelled = label_transfer_set(
@@ -210,6 +210,7 @@ def _label(plan: Plan, stages: Stages, teacher: TeacherHandle, name: str, rows: 
             teacher.tokenizer,
             text_columns=columns,
             output=kept or stages.scratch(f"transfer/{name}-logits"),
+            shared=kept is not None,
             batch_size_tokens=config.batch_tokens,
             dtype=plan.dtype,
             max_length=config.max_length,
