@@ -8,8 +8,9 @@ A page says where a table goes and what it is made from, paths relative to the r
     <!-- end of table -->
 
 `speed` is a csv of `pydistill bench`, in short; `bench` is all of it; `run` is the metrics.json of a finished run.
-The last two come with the picture of the same name beside the raw file. `evaluate` is made of the metrics.json of one
-or more calls of `pydistill evaluate`, with commas between them. A table of which a raw file is missing says so.
+The last two come with the picture of the same name beside the raw file. Made of several files, with commas between
+them: `variants` has the last student of each of several runs, `evaluate` all models of the metrics.json of calls of
+`pydistill evaluate`; `steps` is the json of minilm_step.py. A table of which a raw file is missing says so.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from pydistill.bench import benchmarks, rows
 from pydistill.recipes import page_of
+from pydistill.report import mean_and_spread
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -123,6 +125,40 @@ def run(page: Path, source: Path) -> str:
     return picture(page, source) + grid(shown.table) + f"\n\n{shown.measured}"
 
 
+def variants(page: Path, *sources: Path) -> str:
+    """The last student of every run, named as its file is."""
+    runs = {source.stem: json.loads(source.read_text(encoding="utf-8")) for source in sources}
+    lines: list[tuple[str, ...]] = []
+    for name, results in runs.items():
+        metric, student = results["metric"], results["models"][-1]
+        if not lines:
+            lines.append(("run", "training rows", "steps", f"{metric}, %"))
+        score = mean_and_spread([100 * one[results["split"]][metric] for one in student["runs"]])
+        lines.append((name, f"{student['runs'][0]['rows']:,}", f"{student['runs'][0]['steps']:,}", score))
+    return grid(lines)
+
+
+def steps(page: Path, source: Path) -> str:
+    """One line per problem and provider of a measurement of whole training steps."""
+    results = json.loads(source.read_text(encoding="utf-8"))
+    lines = [("rows x tokens", "relation heads", "loss by", "ms per step", "p20 .. p80", "ours is faster", "extra MiB")]
+    for problem in results["problems"]:
+        ours = problem["providers"]["ours"]
+        for name, one in problem["providers"].items():
+            lines.append(
+                (
+                    f"{problem['rows']} x {problem['positions']}",
+                    str(problem["relation_heads"]),
+                    name,
+                    f"{one['median_ms']:.0f}",
+                    f"{one['p20_ms']:.0f} .. {one['p80_ms']:.0f}",
+                    "" if name == "ours" else times(one["median_ms"] / ours["median_ms"]),
+                    f"{one['extra_mib']:.0f}",
+                )
+            )
+    return f"{grid(lines)}\n\nMeasured on: {results['machine']}; {results['threads']} threads."
+
+
 def evaluate(page: Path, *sources: Path) -> str:
     """All models of all files, and which part of the gap between the last and the first model each closes."""
     from pydistill.evaluate import table  # with PyTorch, which no other table needs
@@ -157,7 +193,14 @@ def picture(page: Path, source: Path) -> str:
     return f"![{source.stem}]({os.path.relpath(image, page.parent)})\n\n" if image.exists() else ""
 
 
-KINDS: dict[str, Callable[..., str]] = {"speed": speed, "bench": bench, "run": run, "evaluate": evaluate}
+KINDS: dict[str, Callable[..., str]] = {
+    "speed": speed,
+    "bench": bench,
+    "run": run,
+    "variants": variants,
+    "steps": steps,
+    "evaluate": evaluate,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

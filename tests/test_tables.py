@@ -46,8 +46,35 @@ def test_evaluate_table_joins_its_files_and_measures_the_gap(tmp_path: Path) -> 
     (tmp_path / "students.json").unlink()
     missing = tables["fill"](tmp_path / "page.md", filled)
     assert "Not measured yet." in missing and "90.0" not in missing
-    with pytest.raises(ValueError, match="a table is one of speed, bench, run, evaluate, got 'evaluated'"):
+    with pytest.raises(
+        ValueError, match="a table is one of speed, .*, evaluate, got 'evaluated'"
+    ):
         tables["fill"](tmp_path / "page.md", page.replace("evaluate ", "evaluated "))
+
+
+def test_variants_table_has_the_last_student_of_every_run(tmp_path: Path) -> None:
+    tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+    for name, accuracies in (("all", [0.8, 0.9]), ("no-masking", [0.7])):
+        runs = [{"rows": 1234, "steps": 50, "dev": {"accuracy": accuracy}} for accuracy in accuracies]
+        results = {"metric": "accuracy", "split": "dev", "models": [{"runs": []}, {"runs": runs}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    page = f"<!-- table: variants {tmp_path}/all.json,{tmp_path}/no-masking.json -->\n<!-- end of table -->\n"
+    filled = tables["fill"](tmp_path / "page.md", page)
+    assert "| all | 1,234 | 50 | 85.0 ± 7.1 |\n| no-masking | 1,234 | 50 | 70.0 |" in filled
+
+
+def test_steps_table_says_how_many_times_ours_is_faster(tmp_path: Path) -> None:
+    tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+    providers = {
+        name: {"median_ms": ms, "p20_ms": ms - 1, "p80_ms": ms + 1, "extra_mib": ms / 2}
+        for name, ms in (("eager", 900), ("ours", 200))
+    }
+    problem = {"rows": 32, "positions": 128, "relation_heads": 48, "providers": providers}
+    (tmp_path / "steps.json").write_text(json.dumps({"machine": "cpu X", "threads": 2, "problems": [problem]}))
+    page = f"<!-- table: steps {tmp_path}/steps.json -->\n<!-- end of table -->\n"
+    filled = tables["fill"](tmp_path / "page.md", page)
+    assert "| 32 x 128 | 48 | eager | 900 | 899 .. 901 | 4.5x | 450 |" in filled
+    assert "| 32 x 128 | 48 | ours | 200 | 199 .. 201 |  | 100 |" in filled and "cpu X; 2 threads" in filled
 
 
 def test_documents_name_the_script_and_its_files() -> None:

@@ -54,6 +54,7 @@ SIZES = ((32, 12, 128, TEACHER, STUDENT), (8, 12, 512, TEACHER, STUDENT), (1, 12
 # MiniLMv2's 48 relation heads of the same tensors.
 SPLIT_SIZES = ((32, 48, 128, 16, 8), (8, 48, 512, 16, 8))
 ONE_HEAD = (1, 1, 2048, TEACHER, STUDENT)  # nothing but its rows to share between threads
+LONG = (1, 12, 16384, TEACHER, STUDENT)  # where N x N matrices would take 12 GiB each
 QUICK_SIZES = ((4, 12, 128, TEACHER, STUDENT), (1, 12, 512, TEACHER, STUDENT))
 QUICK_SPLIT_SIZES = ((4, 48, 128, 16, 8),)
 
@@ -293,7 +294,8 @@ def cases(sizes: Sequence[Size] | None, names: Sequence[str], *, quick: bool) ->
         found.append((size, [name for name in names if padded or name != "qk padded"]))
     for size in QUICK_SPLIT_SIZES if quick else SPLIT_SIZES:
         found.append((size, [name for name in names if name != "qk padded"]))
-    found.append((ONE_HEAD, [name for name in names if name == "qk"]))
+    for size in [ONE_HEAD] if quick else [ONE_HEAD, LONG]:
+        found.append((size, [name for name in names if name == "qk"]))
     return [(size, chosen) for size, chosen in found if chosen]
 
 
