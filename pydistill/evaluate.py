@@ -18,8 +18,8 @@ import torch
 from pydantic import Field, field_validator
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -29,7 +29,7 @@ from transformers import (
 from pydistill import _dispatch
 from pydistill.config import DataConfig, OneOrMore, Section, UserError, resolve_path, training_arguments
 from pydistill.data.tasks import Task, load_task
-from pydistill.inference import predict_logits
+from pydistill.inference import ModelError, load_tokenizer, predict_logits
 from pydistill.metrics import classification_metrics, regression_metrics
 from pydistill.plan import CONFIG_FILE, data_fingerprint, quiet, resolve_model
 from pydistill.report import METRICS_FILE, mean_and_spread, text_table, write_text
@@ -192,17 +192,11 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _tokenizer(config: EvaluateConfig, model: str) -> Any:
-    source = str(resolve_path(config.tokenizer)) if config.tokenizer else model
-    reason = "the folder holds no tokenizer"
-    folder = Path(source)
-    # For a folder without one, AutoTokenizer makes up an empty vocabulary.
-    if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
-        try:
-            return AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-    raise EvaluateError(f"tokenizer: {source}: {reason}; name one with --tokenizer FOLDER")
+def _tokenizer(config: EvaluateConfig, model: str) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(resolve_path(config.tokenizer) if config.tokenizer else model)
+    except ModelError as error:
+        raise EvaluateError(f"tokenizer: {error}; name one with --tokenizer FOLDER") from None
 
 
 def _weights_hash(source: str) -> str | None:

@@ -34,6 +34,22 @@ class ModelError(UserError):
     """A folder does not hold a classification model, or the texts do not fit the model."""
 
 
+def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+    # Where the files are missing transformers makes up a tokenizer that knows nothing but its special tokens.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"{source}: holds no tokenizer files")
+    return tokenizer
+
+
 def load_classifier(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model with its tokenizer, in eval mode, on the GPU where there is one.
 
@@ -49,10 +65,9 @@ def load_classifier(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedToke
         raise ModelError(f"{folder}: holds no model (no config.json){hint}")
     try:
         model = AutoModelForSequenceClassification.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
 
 
 def reads_pairs_apart(model: torch.nn.Module) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from pydistill import _dispatch
 from pydistill.config import (
@@ -35,7 +35,7 @@ from pydistill.config import (
     resolve_path,
 )
 from pydistill.data.tasks import Task, load_task
-from pydistill.inference import class_names
+from pydistill.inference import ModelError, class_names, load_tokenizer
 
 # Keys that may differ when a run is continued: they add results beside the finished ones or only move work around.
 CONTINUABLE = (
@@ -146,7 +146,7 @@ def plan_bilstm(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bo
     if teacher is not None:
         model_config = collect(problems, load_model_config, teacher)
         if model_config is not None:
-            tokenizer = collect(problems, load_tokenizer, config.teacher.tokenizer, teacher)
+            tokenizer = collect(problems, teacher_tokenizer, config.teacher.tokenizer, teacher)
             problems += check_teacher(config, model_config, tokenizer, task)
     if problems or task is None or teacher is None or tokenizer is None:
         raise PlanError("\n".join(problems))
@@ -273,17 +273,12 @@ def load_model_config(model: str) -> PretrainedConfig:
         raise PlanError(f"teacher.model: {model}: {_first_line(error)}") from None
 
 
-def load_tokenizer(source: str | None, model: str) -> PreTrainedTokenizerBase:
+def teacher_tokenizer(source: str | None, model: str) -> PreTrainedTokenizerBase:
     """Load the teacher's tokenizer, from its own folder or from ``teacher.tokenizer``."""
-    advice = "name a tokenizer with --teacher.tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_path(source) if source else model)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"teacher.tokenizer: {source or model}: {_first_line(error)}; {advice}") from None
-    # Where the files are missing transformers makes up a tokenizer that knows nothing but its special tokens.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise PlanError(f"teacher.tokenizer: {source or model} holds a model but no tokenizer files; {advice}")
-    return tokenizer
+        return load_tokenizer(resolve_path(source) if source else model)
+    except ModelError as error:
+        raise PlanError(f"teacher.tokenizer: {error}; name a tokenizer with --teacher.tokenizer") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,11 +46,11 @@ from pydistill.plan import (
     duration,
     length_limit,
     load_model_config,
-    load_tokenizer,
     quiet,
     refused_arguments,
     resolve_model,
     teacher_dtype,
+    teacher_tokenizer,
 )
 from pydistill.recipes.costs import costs_of, how_speed_is_measured
 from pydistill.recipes.minilm_report import RELATIONS_FILE, page
@@ -200,7 +200,7 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
     tokenizer = None
     encoders: dict[str, PretrainedConfig] = {}
     if model_config is not None:
-        tokenizer = collect(problems, load_tokenizer, config.teacher.tokenizer, teacher)
+        tokenizer = collect(problems, teacher_tokenizer, config.teacher.tokenizer, teacher)
         limit = length_limit(model_config, tokenizer)
         if limit is not None and config.corpus.max_length > limit:
             problems.append(
