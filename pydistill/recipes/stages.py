@@ -114,7 +114,7 @@ class Progress(TrainerCallback):
         line = f"  step {state.global_step:,}/{state.max_steps:,}{self.loss}{self.score}{left}"
         if sys.stdout.isatty():
             print(f"\r{line}\x1b[K", end="", flush=True)
-        elif evaluated or time.monotonic() - self.shown > 30:
+        elif evaluated or ("loss" in logs and time.monotonic() - self.shown > 30):
             print(line, flush=True)
             self.shown = time.monotonic()
 
