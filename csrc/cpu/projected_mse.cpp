@@ -227,8 +227,8 @@ struct Blocks {
       if constexpr (Shape<V, S>::may_pair) {
         if (!s.pairs) continue;
         S* bits = reinterpret_cast<S*>(words + r * s.word_row);
+        bits[2 * s.words - 1] = S{};  // where the last pair is only half a pair
         __builtin_memcpy(bits, in, s.k * sizeof(S));
-        bits[2 * s.words - 1] = S{};
         if (job.bias != nullptr) narrow(1.0f, bits[s.k]);
       }
     }

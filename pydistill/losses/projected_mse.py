@@ -56,7 +56,8 @@ def projected_mse_reference(
         return row_loss
     if reduction == "sum":
         return row_loss.sum() * target.size(-1)
-    return row_loss.sum() / (valid.sum().clamp(min=1) if num_items is None else num_items)
+    items = valid.sum().clamp(min=1) if num_items is None else torch.as_tensor(num_items, dtype=dtype).reshape(())
+    return row_loss.sum() / items
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -91,7 +92,12 @@ def _check_options(direction: str | None, reduction: str, num_items: Any) -> Non
 
 
 def _check_tensors(
-    student: Tensor, teacher: Tensor, projection: Tensor, bias: Tensor | None, mask: Tensor | None, direction: str | None
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    direction: str | None,
 ) -> None:
     floating = {"student": student, "teacher": teacher, "projection": projection, "bias": bias}
     for name, tensor in floating.items():
@@ -256,7 +262,8 @@ def _call(
         reduction,
     )
     wanted = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (student, projection, bias)
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (student, projection, bias)
     ]
     if any(wanted) and not torch.compiler.is_compiling():
         loss = _FusedProjectedMse.apply(*inputs)
@@ -332,3 +339,205 @@ def projected_mse_loss(
         )
     up = _goes_up(student, teacher, projection, direction)
     return _call(student, teacher, projection, bias, mask, up, normalize, reduction, num_items)
+
+
+# --------------------------------------------------------------------------- objective term
+
+
+class ProjectedMSE(nn.Module):
+    r"""`projected_mse_loss` of the hidden states of pairs of layers, :math:`\sum_l w_l L_l`, as a term of an objective.
+
+    It owns the projections, which are trained with the student, stored beside it in checkpoints
+    (``objective.safetensors``), and no part of it: an exported student does not contain them.
+
+    Args:
+        student_size, teacher_size: features of the hidden states.
+        layers: ``"last"``: the last layer of both; ``"uniform"``: every layer of the student with the last of its share
+            of the teacher's layers (TinyBERT's mapping: of 4 and 12 layers 0-2, 1-5, 2-8, 3-11); or pairs of a student
+            and a teacher layer, each an index, a module's name or ``"embeddings"``, see `capture`.
+        depths: how many layers student and teacher have; ``"uniform"`` needs them.
+        direction: ``"up"``: the student is projected to the teacher's size; ``"down"``: the teacher to the student's.
+        shared: one projection for all pairs, as in TinyBERT and in Zhao et al. 2019 (arXiv 1909.11687), or one for each.
+        bias: whether a projection has a bias.
+        normalize, reduction, impl: see `projected_mse_loss`; the mean is over valid tokens and features.
+        layer_weights: one per pair; None is 1 for each.
+        weight: factor of this term in the objective's sum.
+        name: under which the term's value is logged; each pair's is logged as ``<name>.<student layer>-<teacher
+            layer>``.
+
+    Attributes:
+        projections: one ``[student_size, teacher_size]`` (down: the reverse), or one per pair, drawn like the weights of
+            ``nn.Linear``.
+        biases: one for each projection, zero at first, or none.
+
+    Raises:
+        ValueError: an argument breaks its rule.
+    """
+
+    def __init__(
+        self,
+        student_size: int,
+        teacher_size: int,
+        layers: str | Sequence[tuple[int | str, int | str]] = "last",
+        *,
+        depths: tuple[int, int] | None = None,
+        direction: str = "up",
+        shared: bool = True,
+        bias: bool = True,
+        normalize: bool = False,
+        reduction: str = "mean",
+        layer_weights: Sequence[float] | None = None,
+        weight: float = 1.0,
+        name: str = LOSS,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        for side, size in (("student_size", student_size), ("teacher_size", teacher_size)):
+            if size < 1:
+                _fail(f"{side} must be above 0, got {size}")
+        if direction not in DIRECTIONS:
+            _fail(f"direction must be 'up' or 'down', got {direction!r}")
+        _check_options(direction, reduction, None)
+        if reduction == "none":
+            _fail("reduction must be mean or sum in an objective, got 'none'")
+        self.pairs = _layer_pairs(layers, depths)
+        self.layer_weights = [1.0] * len(self.pairs) if layer_weights is None else [float(w) for w in layer_weights]
+        if len(self.layer_weights) != len(self.pairs):
+            _fail(f"layer_weights must have one number per pair, {len(self.pairs)}, got {len(self.layer_weights)}")
+        for layer_weight in self.layer_weights:
+            if not (math.isfinite(layer_weight) and layer_weight >= 0):
+                _fail(f"layer_weights must be finite and not negative, got {layer_weight}")
+        self.shared = shared
+        self.weight = weight
+        self.name = name
+        self.options: dict[str, Any] = {
+            "direction": direction,
+            "normalize": normalize,
+            "reduction": reduction,
+            "impl": impl,
+        }
+        source, target = (student_size, teacher_size) if direction == "up" else (teacher_size, student_size)
+        count = 1 if shared else len(self.pairs)
+        bound = source**-0.5
+        self.projections = nn.ParameterList(torch.empty(source, target).uniform_(-bound, bound) for _ in range(count))
+        self.biases = nn.ParameterList(torch.zeros(target) for _ in range(count if bias else 0))
+        self.student_signals = frozenset(f"hidden_states@{student}" for student, _ in self.pairs)
+        self.teacher_signals = frozenset(f"hidden_states@{teacher}" for _, teacher in self.pairs)
+
+    @classmethod
+    def between(
+        cls,
+        student: nn.Module,
+        teacher: nn.Module,
+        layers: str | Sequence[tuple[int | str, int | str]] = "uniform",
+        **options: Any,
+    ) -> ProjectedMSE:
+        """The term for two models, whose configurations say how many layers they have, and of what size.
+
+        Args:
+            student, teacher: transformers models.
+            layers, **options: see `ProjectedMSE`.
+
+        Raises:
+            ValueError: a model's configuration lacks ``hidden_size`` or ``num_hidden_layers``; or as the constructor.
+        """
+
+        def read(side: str, model: nn.Module, key: str) -> int:
+            value = getattr(getattr(model, "config", None), key, None)
+            if not isinstance(value, int):
+                _fail(f"the {side}'s configuration must have {key}, got {value!r}; pass sizes and depths yourself")
+            return value
+
+        sides = (("student", student), ("teacher", teacher))
+        sizes = [read(side, model, "hidden_size") for side, model in sides]
+        student_depth, teacher_depth = (read(side, model, "num_hidden_layers") for side, model in sides)
+        return cls(sizes[0], sizes[1], layers, depths=(student_depth, teacher_depth), **options)
+
+    def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """How many tokens of `batch` this term's mean runs over."""
+        mask = _valid_tokens(batch)
+        if mask is not None:
+            return mask.sum()
+        tokens = next(value for key in ("input_ids", "inputs_embeds") if (value := batch.get(key)) is not None)
+        return torch.tensor(tokens.size(0) * tokens.size(1))
+
+    def forward(
+        self,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        num_items: float | Tensor | None = None,
+    ) -> Tensor:
+        """Student and teacher signals by name, and the batch -> the unweighted loss, 0-d.
+
+        ``attention_mask [B, N]`` of the batch, and ``segment_ids [B, N]`` that are negative, say which tokens are
+        padding.
+        """
+        return self.forward_with_parts(student, teacher, batch, num_items)[0]
+
+    def forward_with_parts(
+        self,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        num_items: float | Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` returns, and the value of each pair of layers by name, without its weight (0-d, detached)."""
+        mask = _valid_tokens(batch)
+        total: Tensor | None = None
+        parts: dict[str, Tensor] = {}
+        for place, ((below, above), weight) in enumerate(zip(self.pairs, self.layer_weights, strict=True)):
+            projection = 0 if self.shared else place
+            value = projected_mse_loss(
+                student[f"hidden_states@{below}"],
+                teacher[f"hidden_states@{above}"].detach(),
+                self.projections[projection],
+                bias=self.biases[projection] if len(self.biases) > 0 else None,
+                mask=mask,
+                num_items=num_items if self.options["reduction"] == "mean" else None,
+                **self.options,
+            )
+            parts[f"{below}-{above}"] = value.detach()
+            total = weight * value if total is None else total + weight * value
+        assert total is not None
+        return total, parts
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{key}={value!r}"
+            for key, value in {
+                "layers": self.pairs,
+                "shared": self.shared,
+                "weight": self.weight,
+                **self.options,
+            }.items()
+        )
+
+
+def _valid_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
+    mask, segments = batch.get("attention_mask"), batch.get("segment_ids")
+    if segments is None:
+        return None if mask is None else mask.bool()
+    return segments >= 0 if mask is None else mask.bool() & (segments >= 0)
+
+
+def _layer_pairs(
+    layers: str | Sequence[tuple[int | str, int | str]], depths: tuple[int, int] | None
+) -> list[tuple[int | str, int | str]]:
+    """Pairs of a student and a teacher layer, from one of the ways to say them."""
+    if layers == "last":
+        return [(-1, -1)]
+    if layers == "uniform":
+        if depths is None or min(depths) < 1:
+            _fail(f"layers='uniform' needs depths=(layers of the student, layers of the teacher), got {depths}")
+        student, teacher = depths
+        return [(layer, -(-(layer + 1) * teacher // student) - 1) for layer in range(student)]
+    if isinstance(layers, str) or not layers:
+        _fail(f"layers must be 'uniform', 'last' or pairs such as [(0, 2), (1, 5)], got {layers!r}")
+    pairs = [tuple(pair) for pair in layers]
+    for pair in pairs:
+        if len(pair) != 2:
+            _fail(f"layers must be pairs of a student and a teacher layer, got {pair}")
+    if len(set(pairs)) != len(pairs):
+        _fail(f"layers must be distinct pairs, got {pairs}")
+    return pairs
