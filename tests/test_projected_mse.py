@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from cases import (
     truth,
 )
 from processes import ChildError, in_a_new_process, numerics_of
+from tiny_models import tiny_bert
 from torch import Tensor
 
 from pydistill import ProjectedMSE, _dispatch, projected_mse_loss
@@ -878,7 +881,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"teacher": torch.zeros(2, 6, 6)},
         ValueError,
-        r"teacher must have the student's leading dimensions, got \[2, 6, 6\] vs \[2, 5, 4\]; both models must read the",
+        r"teacher must have the student's leading dimensions, got \[2, 6, 6\] vs \[2, 5, 4\]; both models must",
     ),
     (
         {"projection": torch.zeros(4, 7)},
@@ -946,6 +949,157 @@ def test_error_text_of_the_op_itself(position, value, message):
     arguments[position] = value
     with pytest.raises(RuntimeError, match=f"projected_mse: .*{message}"):
         torch.ops.pydistill.projected_mse(*arguments)
+
+
+# -------------------------------------------------------------------------------- objective term
+
+
+def signals(student_layers: list[Any], teacher_layers: list[Any]) -> tuple[Tensors, Tensors, Tensors]:
+    """Hidden states [3, 7, 6] and [3, 7, 10] by signal, and a batch with padding."""
+    generator = torch.Generator().manual_seed(0)
+    student = {f"hidden_states@{layer}": torch.randn(3, 7, 6, generator=generator) for layer in student_layers}
+    teacher = {f"hidden_states@{layer}": torch.randn(3, 7, 10, generator=generator) for layer in teacher_layers}
+    mask = torch.arange(7) < torch.tensor([[7], [3], [5]])
+    return student, teacher, {"attention_mask": mask.long(), "input_ids": torch.zeros(3, 7, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@each_way
+def test_objective_term_is_the_function(way, shared):
+    pairs = [(0, 1), ("embeddings", "model.norm"), (-1, -1)]
+    student, teacher, batch = signals([0, "embeddings", -1], [1, "model.norm", -1])
+    term = ProjectedMSE(
+        6, 10, pairs, direction=way, shared=shared, normalize=True, layer_weights=[1.0, 0.5, 2.0],
+        weight=3.0, name="states",
+    )  # fmt: skip
+    assert (term.weight, term.name) == (3.0, "states")
+    assert term.student_signals == student.keys() and term.teacher_signals == teacher.keys()
+    assert [list(p.shape) for p in term.projections] == [[6, 10] if way == "up" else [10, 6]] * (1 if shared else 3)
+    torch.nn.init.normal_(term.biases[0])
+    expected = {}
+    for place, (below, above) in enumerate(pairs):
+        at = 0 if shared else place
+        expected[f"{below}-{above}"] = projected_mse_loss(
+            student[f"hidden_states@{below}"],
+            teacher[f"hidden_states@{above}"],
+            term.projections[at],
+            bias=term.biases[at],
+            mask=batch["attention_mask"],
+            normalize=True,
+            num_items=9,
+        )
+    # What a teacher hands over may still have a history: the term cuts it.
+    value, parts = term.forward_with_parts(student, {k: x.requires_grad_() for k, x in teacher.items()}, batch, 9)
+    first, second, third = expected.values()
+    # The weight of the term is the objective's business.
+    assert torch.equal(value, 1.0 * first + 0.5 * second + 2.0 * third)
+    assert parts.keys() == expected.keys()
+    assert all(torch.equal(parts[name], expected[name]) and not parts[name].requires_grad for name in parts)
+    assert torch.equal(term(student, teacher, batch, num_items=9), value)
+    value.backward()
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in term.parameters())
+    assert len(list(term.parameters())) == (2 if shared else 6)
+    assert "layers=[(0, 1), ('embeddings', 'model.norm'), (-1, -1)]" in repr(term)
+
+
+def test_objective_term_of_square_projections_keeps_its_direction():
+    student, teacher, batch = signals([-1], [-1])
+    teacher = {key: value[..., :6] for key, value in teacher.items()}
+    up = ProjectedMSE(6, 6, bias=False)
+    lower = ProjectedMSE(6, 6, bias=False, direction="down")
+    lower.load_state_dict(up.state_dict())
+    projection, (s,), (t,) = up.projections[0], student.values(), teacher.values()
+    kept = batch["attention_mask"].bool()
+    torch.testing.assert_close(up(student, teacher, batch), F.mse_loss((s @ projection)[kept], t[kept]))
+    torch.testing.assert_close(lower(student, teacher, batch), F.mse_loss((t @ projection)[kept], s[kept]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "depths", "expected"),
+    [
+        ("last", None, [(-1, -1)]),
+        ("uniform", (4, 12), [(0, 2), (1, 5), (2, 8), (3, 11)]),
+        ("uniform", (3, 3), [(0, 0), (1, 1), (2, 2)]),
+        ("uniform", (4, 6), [(0, 1), (1, 2), (2, 4), (3, 5)]),
+        ("uniform", (3, 2), [(0, 0), (1, 1), (2, 1)]),
+        ([[0, 3], [-1, "encoder.layer.5"]], None, [(0, 3), (-1, "encoder.layer.5")]),
+    ],
+)
+def test_pairs_of_layers(layers, depths, expected):
+    assert ProjectedMSE(6, 10, layers, depths=depths).pairs == expected
+
+
+def test_term_between_two_models():
+    student, teacher = tiny_bert(layers=2), tiny_bert(layers=4)
+    term = ProjectedMSE.between(student, teacher, direction="down", shared=False)
+    assert term.pairs == [(0, 1), (1, 3)]
+    assert [list(p.shape) for p in term.projections] == [[16, 16]] * 2
+    assert ProjectedMSE.between(student, teacher, "last").pairs == [(-1, -1)]
+    with pytest.raises(ValueError, match="the teacher's configuration must have hidden_size, got None; pass sizes"):
+        ProjectedMSE.between(student, torch.nn.Linear(3, 3))
+
+
+def test_projections_are_drawn_like_those_of_linear():
+    torch.manual_seed(0)
+    term = ProjectedMSE(100, 400, [(0, 0), (1, 1)], shared=False)
+    for projection, bias in zip(term.projections, term.biases, strict=True):
+        assert 0.099 < float(projection.detach().abs().max()) <= 0.1  # 1 / sqrt(100)
+        assert abs(float(projection.detach().mean())) < 1e-3
+        assert float(bias.detach().abs().max()) == 0.0
+    assert not torch.equal(*term.projections)
+    lower = ProjectedMSE(100, 400, direction="down")
+    assert 0.049 < float(lower.projections[0].detach().abs().max()) <= 0.05
+
+
+def test_count_items():
+    """Valid tokens, as the loss counts them."""
+    student, teacher, batch = signals([-1], [-1])
+    segments = torch.tensor([[0, 0, 1, 1, -1, 2, 2], [3] * 7, [-1] * 7])
+    for marks, expected in (
+        ({"input_ids": batch["input_ids"]}, 21),
+        (batch, 15),
+        ({**batch, "segment_ids": segments}, 9),
+        ({"inputs_embeds": torch.zeros(3, 7, 2), "segment_ids": segments}, 13),
+    ):
+        for reduction in ("mean", "sum"):
+            term = ProjectedMSE(6, 10, reduction=reduction)
+            items = int(term.count_items(marks))
+            assert items == expected
+            own, given = term(student, teacher, marks), term(student, teacher, marks, num_items=items)
+            torch.testing.assert_close(own, given)
+
+
+def test_example_in_the_docs():
+    """The block as it stands in docs/losses.md."""
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert all(float(state.grad.abs().sum()) > 0 for state in names["student"].values())
+    assert names["term"].projections[0].grad.shape == (384, 96)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_size": 0}, "student_size must be above 0, got 0"),
+        ({"teacher_size": -1}, "teacher_size must be above 0, got -1"),
+        ({"direction": None}, "direction must be 'up' or 'down', got None"),
+        ({"reduction": "batchmean"}, "reduction must be one of"),
+        ({"reduction": "none"}, "reduction must be mean or sum in an objective, got 'none'"),
+        ({"layers": "uniform"}, r"layers='uniform' needs depths=\(.*\), got None"),
+        ({"layers": "first"}, "layers must be 'uniform', 'last' or pairs .*, got 'first'"),
+        ({"layers": []}, r"layers must be 'uniform', 'last' or pairs .*, got \[\]"),
+        ({"layers": [(0, 1, 2)]}, r"layers must be pairs of a student and a teacher layer, got \(0, 1, 2\)"),
+        ({"layers": [(0, 1), (0, 1)]}, "layers must be distinct pairs"),
+        ({"layer_weights": [1.0, 2.0]}, "layer_weights must have one number per pair, 1, got 2"),
+        ({"layer_weights": [-1.0]}, "layer_weights must be finite and not negative, got -1.0"),
+        ({"layer_weights": [math.nan]}, "layer_weights must be finite and not negative, got nan"),
+    ],
+)
+def test_objective_term_refuses(change, message):
+    with pytest.raises(ValueError, match=f"^projected_mse: {message}"):
+        ProjectedMSE(**{"student_size": 6, "teacher_size": 10, **change})
 
 
 # -------------------------------------------------------------------------------- instruction sets, processes

@@ -366,8 +366,8 @@ class ProjectedMSE(nn.Module):
             layer>``.
 
     Attributes:
-        projections: one ``[student_size, teacher_size]`` (down: the reverse), or one per pair, drawn like the weights of
-            ``nn.Linear``.
+        projections: one ``[student_size, teacher_size]`` (down: the reverse), or one per pair, drawn like the weights
+            of ``nn.Linear``.
         biases: one for each projection, zero at first, or none.
 
     Raises:
