@@ -34,9 +34,9 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
   // be applied to the student's. With row_weights ("none") the gradients are those of the values weighted by row.
   m.def(
       "projected_mse(Tensor student, Tensor teacher, Tensor projection, Tensor? bias, Tensor? mask, Tensor? num_items, "
-      "Tensor? row_weights, bool up, bool normalize, str reduction, bool with_student, bool with_projection, bool "
-      "with_bias) -> (Tensor loss, Tensor grad_student, Tensor grad_projection, Tensor grad_bias, Tensor "
-      "gradient_scale)");
+      "Tensor? row_weights, bool up, bool normalize, str method, str reduction, bool with_student, bool "
+      "with_projection, bool with_bias) -> (Tensor loss, Tensor grad_student, Tensor grad_projection, Tensor "
+      "grad_bias, Tensor gradient_scale)");
   // rows *= scale, one factor for all or one per row; nothing is touched where the factor is 1.
   m.def("scale_rows_(Tensor(a!) rows, Tensor scale) -> ()");
 }

@@ -53,16 +53,15 @@ double run(const ProjectedMseJob& job, double factor, void* grad_projection, voi
       }
     }
   });
-  kernel.finish(job, total.data, factor, grad_projection, grad_bias);
-  double sum = 0;
+  double sum = kernel.finish(job, packed.data, total.data, factor, grad_projection, grad_bias);
   for (const double value : values) sum += value;
   return sum;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
     Tensor student_, Tensor teacher_, Tensor projection_, std::optional<Tensor> bias_, std::optional<Tensor> mask,
-    std::optional<Tensor> num_items, std::optional<Tensor> row_weights, bool up, bool normalize, std::string reduction,
-    bool with_student, bool with_projection, bool with_bias) {
+    std::optional<Tensor> num_items, std::optional<Tensor> row_weights, bool up, bool normalize, std::string method,
+    std::string reduction, bool with_student, bool with_projection, bool with_bias) {
   for (const Tensor* t : {&student_, &teacher_, &projection_})
     STD_TORCH_CHECK(t->dim() == 2 && t->size(1) > 0,
                     "projected_mse: student, teacher and projection must be matrices with at least one column, got ",
@@ -84,6 +83,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
   STD_TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
                   "projected_mse: unknown reduction '", reduction, "'");
 
+  STD_TORCH_CHECK(method == "direct" || method == "gram", "projected_mse: unknown method '", method, "'");
+  STD_TORCH_CHECK(method == "direct" || (up && !normalize && reduction != "none"),
+                  "projected_mse: method 'gram' goes up, does not normalize, and has no value for each row");
+
   const Tensor student = with_unit_stride(student_), teacher = with_unit_stride(teacher_);
   const Tensor projection = torch::stable::contiguous(projection_);
   const int64_t rows = student.size(0);
@@ -93,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
   job.source = matrix_of(up ? student : teacher);
   job.target = matrix_of(up ? teacher : student);
   job.projection = projection.const_data_ptr();
+  job.gram = method == "gram";
   job.normalize = normalize;
   job.grad_projection = with_projection;
   job.grad_bias = with_bias;

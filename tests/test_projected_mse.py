@@ -286,6 +286,87 @@ def test_scale_of_rows_does_not_count_when_normalized(impl):
         torch.testing.assert_close(projected_mse_loss(**scaled, normalize=True, impl=impl), expected)
 
 
+# -------------------------------------------------------------------------------- method="gram"
+
+
+def residual(shape: tuple[int, ...], dtype: str, size: float) -> Tensors:
+    """Teacher rows that the projection meets but for noise of the given size beside rows of size 1."""
+    tensors = hidden(shape, "fp64")
+    student, noise = tensors["student"], tensors["teacher"]
+    tensors["teacher"] = student @ tensors["projection"] + tensors["bias"] + size * noise
+    return {key: value.to(DTYPES[dtype]) if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("names", [(), ("bias",), ("bias", "mask")])
+@needs_kernel
+def test_gram_is_the_same_loss(names, dtype):
+    """Within a few roundings of |teacher|^2, not of the difference: that is what it gives up."""
+    for shape in (*SHAPES, (8000, 6, 9)):
+        tensors = without(hidden(shape, dtype), *({"bias", "mask"} - set(names)))
+        for how in ({}, {"reduction": "sum"}, {"num_items": 37}):
+            exact = truth(PROJECTED_MSE, tensors, how)
+            found = ours(tensors, "cpp", method="gram", **how)
+            rounding = 1e-14 if dtype == "fp64" else 2e-6
+            assert abs(float(found.value) - float(exact.value)) <= rounding * float(exact.value)
+            stored = {"bf16": 2**-8, "fp16": 2**-10}.get(dtype, 0.0)
+            for key, gradient in exact.gradients.items():
+                error = float((found.gradients[key].double() - gradient).norm())
+                assert error <= (rounding + stored) * float(gradient.norm()) + 3 * rounding * stored, (shape, key)
+
+
+@pytest.mark.numerics
+@needs_kernel
+def test_accuracy_of_gram():
+    """The figures of docs/losses.md: digits go as the residual falls, of the value with its square."""
+    for size, value_error, gradient_error in ((1.0, 1e-6, 3e-6), (0.1, 3e-5, 3e-5), (0.01, 3e-3, 3e-4)):
+        tensors = without(residual((4000, 48, 200), "fp32", size), "mask")
+        exact = truth(PROJECTED_MSE, tensors, {})
+        found = ours(tensors, "cpp", method="gram")
+        assert abs(float(found.value) / float(exact.value) - 1) < value_error
+        for key, gradient in exact.gradients.items():
+            error = float((found.gradients[key].double() - gradient).norm() / gradient.norm())
+            assert error < gradient_error, (size, key)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@needs_kernel
+def test_gram_masks_threads_and_layouts(garbage, restored_threads):
+    """The same bits with garbage in masked rows, with any number of threads, from any layout, and asked for less."""
+    for dtype in ("fp32", "bf16"):
+        clean = hidden((3, 1501, 12, 20), dtype)
+        masked = ~clean["mask"].unsqueeze(-1)
+        expected = ours(clean, "cpp", method="gram")
+        assert float(expected.gradients["student"].masked_select(masked).abs().sum()) == 0.0
+        dirty = {**clean, **{key: clean[key].masked_fill(masked, garbage) for key in ("student", "teacher")}}
+        assert_same_bits(ours(dirty, "cpp", method="gram"), expected)
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            assert_same_bits(ours(clean, "cpp", method="gram"), expected)
+        sides = {key: layouts(clean[key])["slices at odd offsets"] for key in ("student", "teacher")}
+        assert_same_bits(ours({**clean, **sides}, "cpp", method="gram"), expected)
+        for wanted in (("student",), ("projection",), ("bias",)):
+            found = run(projected_mse_loss, clean, {"impl": "cpp", "method": "gram"}, wanted)
+            assert_same_bits(found, Outcome(expected.value, {key: expected.gradients[key] for key in wanted}))
+        for nothing in ({**clean, "mask": torch.zeros_like(clean["mask"])}, hidden((0, 12, 20), dtype)):
+            found = ours(nothing, "cpp", method="gram")
+            assert float(found.value) == 0.0
+            assert all(float(gradient.abs().sum()) == 0.0 for gradient in found.gradients.values())
+
+
+@needs_kernel
+def test_gradcheck_of_gram():
+    tensors = without(hidden((9, 3, 5), "fp64"), "mask")
+    leaves = [tensors.pop(key).requires_grad_() for key in LEAVES]
+
+    def loss(*given: Tensor) -> Tensor:
+        return projected_mse_loss(**dict(zip(LEAVES, given, strict=True)), **tensors, method="gram", impl="cpp")
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
 # -------------------------------------------------------------------------------- masks
 
 
@@ -713,6 +794,7 @@ def op_arguments(tensors: Tensors, keywords: dict[str, Any], wanted: bool) -> tu
         None,
         up,
         keywords.get("normalize", False),
+        keywords.get("method", "direct"),
         keywords.get("reduction", "mean"),
         *(wanted, wanted, wanted and "bias" in tensors),
     )
@@ -862,6 +944,18 @@ def test_no_projected_rows_in_memory():
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": "batchmean"}, ValueError, "reduction must be one of mean, sum, none, got 'batchmean'"),
     ({"direction": "left"}, ValueError, "direction must be 'up', 'down' or None .*, got 'left'"),
+    ({"method": "grams"}, ValueError, "method must be one of direct, gram, got 'grams'"),
+    (
+        {"method": "gram", "normalize": True},
+        ValueError,
+        "method 'gram' knows no single rows, got normalize=True, reduction='mean'; use 'direct'",
+    ),
+    ({"method": "gram", "reduction": "none"}, ValueError, "method 'gram' knows no single rows, got .*'none'; use"),
+    (
+        {"method": "gram", "projection": torch.zeros(6, 4)},
+        ValueError,
+        "method 'gram' goes up, and this projection goes down, .* use 'direct'",
+    ),
     ({"num_items": 0}, ValueError, "num_items must be above 0, got 0"),
     ({"num_items": torch.ones(2)}, ValueError, r"num_items must be a number or a tensor of one element, got .*\[2\]"),
     ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items replaces the denominator of a mean, got .*'sum'"),
@@ -936,7 +1030,9 @@ OP_ERRORS: list[tuple[int, Any, str]] = [
     (6, torch.ones(8), "row_weights must be one per row in the dtype of the loss"),
     (6, torch.ones(9, dtype=torch.float64), "row_weights must be one per row in the dtype of the loss"),
     (7, False, r"projection must be \[6, 4\], got \[4, 6\]"),
-    (9, "batchmean", "unknown reduction 'batchmean'"),
+    (9, "grams", "unknown method 'grams'"),
+    (9, "gram", "method 'gram' goes up, does not normalize, and has no value for each row"),
+    (10, "batchmean", "unknown reduction 'batchmean'"),
 ]
 
 
@@ -999,6 +1095,7 @@ def test_objective_term_is_the_function(way, shared):
     value.backward()
     assert all(float(parameter.grad.abs().max()) > 0 for parameter in term.parameters())
     assert len(list(term.parameters())) == (2 if shared else 6)
+    assert ProjectedMSE(6, 10, method="gram").options["method"] == "gram"
     assert "layers=[(0, 1), ('embeddings', 'model.norm'), (-1, -1)]" in repr(term)
 
 
@@ -1087,6 +1184,7 @@ def test_example_in_the_docs():
         ({"direction": None}, "direction must be 'up' or 'down', got None"),
         ({"reduction": "batchmean"}, "reduction must be one of"),
         ({"reduction": "none"}, "reduction must be mean or sum in an objective, got 'none'"),
+        ({"method": "gram", "direction": "down"}, "method 'gram' goes up, got direction='down'"),
         ({"layers": "uniform"}, r"layers='uniform' needs depths=\(.*\), got None"),
         ({"layers": "first"}, "layers must be 'uniform', 'last' or pairs .*, got 'first'"),
         ({"layers": []}, r"layers must be 'uniform', 'last' or pairs .*, got \[\]"),

@@ -26,6 +26,7 @@ struct ProjectedMseJob {
   const void* bias;        // [m], or null
   const int64_t* rows;     // [count] positions of the rows that are read, or null: all of them
   int64_t count;
+  bool gram;  // by Gram matrices: no normalisation, no row_weights, no row_loss
   bool normalize;
   const void* row_weights;          // [R] gradient arriving at each row, float (double for f64), or null
   double scale;                     // of the gradient of a side
@@ -47,8 +48,10 @@ struct ProjectedMseKernel {
   // Returns the sum of squares of a chunk.
   double (*chunk)(const ProjectedMseJob&, const void* packed, int64_t chunk, void* partial, void* scratch);
   void (*add)(const ProjectedMseJob&, void* total, const void* partial);
-  // The gradients times `factor`, float (double for f64): [k, m] and [m], or null.
-  void (*finish)(const ProjectedMseJob&, const void* total, double factor, void* projection, void* bias);
+  // The gradients times `factor`, float (double for f64): [k, m] and [m], as far as they are wanted. Uses up `total`,
+  // and returns what is still to be added to the sum of squares.
+  double (*finish)(const ProjectedMseJob&, const void* packed, void* total, double factor, void* projection,
+                   void* bias);
 };
 
 namespace avx512 {

@@ -21,6 +21,7 @@ from pydistill.losses.gradient import check_first_order, scaled
 LOSS = "projected_mse"
 REDUCTIONS = ("mean", "sum", "none")
 DIRECTIONS = ("up", "down")
+METHODS = ("direct", "gram")
 # A row whose length is not above this has no direction: normalised it is zero, and it receives no gradient.
 SHORTEST = 1e-12
 
@@ -80,11 +81,19 @@ def _fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{LOSS}: {message}")
 
 
-def _check_options(direction: str | None, reduction: str, num_items: Any) -> None:
+def _check_options(
+    direction: str | None, reduction: str, num_items: Any, method: str = "direct", normalize: bool = False
+) -> None:
     if direction is not None and direction not in DIRECTIONS:
         _fail(f"direction must be 'up', 'down' or None (read off the projection's shape), got {direction!r}")
     if reduction not in REDUCTIONS:
         _fail(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if method not in METHODS:
+        _fail(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "gram" and (normalize or reduction == "none"):
+        _fail(
+            f"method 'gram' knows no single rows, got normalize={normalize} and reduction={reduction!r}; use 'direct'"
+        )
     if num_items is not None:
         if reduction != "mean":
             _fail(f"num_items replaces the denominator of a mean, got reduction={reduction!r}")
@@ -134,9 +143,9 @@ def _check_tensors(
 
 # --------------------------------------------------------------------------- the compiled op
 
-_OP_INPUTS = 13  # arguments of the op
+_OP_INPUTS = 14  # arguments of the op
 _STUDENT, _PROJECTION, _BIAS = 0, 2, 3  # those that receive gradients
-_WEIGHTS, _REDUCTION = 6, 9
+_WEIGHTS, _REDUCTION = 6, 10
 
 
 def _register() -> None:
@@ -236,6 +245,7 @@ def _call(
     mask: Tensor | None,
     up: bool,
     normalize: bool,
+    method: str,
     reduction: str,
     num_items: float | Tensor | None,
 ) -> Tensor:
@@ -259,6 +269,7 @@ def _call(
         None,
         up,
         normalize,
+        method,
         reduction,
     )
     wanted = [
@@ -286,6 +297,7 @@ def projected_mse_loss(
     normalize: bool = False,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
+    method: str = "direct",
     impl: str = "auto",
 ) -> Tensor:
     r"""Mean squared error between hidden states of two sizes, one of which is projected to the other.
@@ -310,9 +322,13 @@ def projected_mse_loss(
         normalize: scale the rows of both sides, after the projection, to length 1: ``2 - 2 cos`` of the angle between
             them, divided by the features. A row of length 1e-12 or less has no direction: it stays zero, and receives
             no gradient.
-        reduction: ``"mean"`` over valid rows and features, ``"sum"`` over both, or ``"none"``: ``[*]``, for each row the
-            mean over its features.
+        reduction: ``"mean"`` over valid rows and features, ``"sum"`` over both, or ``"none"``: ``[*]``, for each row
+            the mean over its features.
         num_items: replaces the number of valid rows in a mean, for gradient accumulation and data parallelism.
+        method: ``"direct"``, or ``"gram"``: value and gradients from products of features with features (up only, no
+            ``normalize``, no ``"none"``), with two large matrix products instead of three where ds is far below dt.
+            They are differences of large numbers: what it costs in accuracy, see docs/losses.md. The reference computes
+            the same loss either way.
         impl: ``"auto"``, ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -323,8 +339,11 @@ def projected_mse_loss(
         RuntimeError: the teacher requires grad, the implementation is missing, or backward runs twice through this loss
             with ``create_graph=True``.
     """
-    _check_options(direction, reduction, num_items)
+    _check_options(direction, reduction, num_items, method, normalize)
     _check_tensors(student, teacher, projection, bias, mask, direction)
+    up = _goes_up(student, teacher, projection, direction)
+    if method == "gram" and not up:
+        _fail("method 'gram' goes up, and this projection goes down, where it would save nothing; use 'direct'")
     if _dispatch.resolve(LOSS, student.device, impl) == "reference":
         return projected_mse_reference(
             student,
@@ -337,8 +356,7 @@ def projected_mse_loss(
             reduction=reduction,
             num_items=num_items,
         )
-    up = _goes_up(student, teacher, projection, direction)
-    return _call(student, teacher, projection, bias, mask, up, normalize, reduction, num_items)
+    return _call(student, teacher, projection, bias, mask, up, normalize, method, reduction, num_items)
 
 
 # --------------------------------------------------------------------------- objective term
@@ -357,9 +375,9 @@ class ProjectedMSE(nn.Module):
             and a teacher layer, each an index, a module's name or ``"embeddings"``, see `capture`.
         depths: how many layers student and teacher have; ``"uniform"`` needs them.
         direction: ``"up"``: the student is projected to the teacher's size; ``"down"``: the teacher to the student's.
-        shared: one projection for all pairs, as in TinyBERT and in Zhao et al. 2019 (arXiv 1909.11687), or one for each.
+        shared: one projection for all pairs, as in TinyBERT and Zhao et al. 2019 (arXiv 1909.11687), or one for each.
         bias: whether a projection has a bias.
-        normalize, reduction, impl: see `projected_mse_loss`; the mean is over valid tokens and features.
+        normalize, reduction, method, impl: see `projected_mse_loss`; the mean is over valid tokens and features.
         layer_weights: one per pair; None is 1 for each.
         weight: factor of this term in the objective's sum.
         name: under which the term's value is logged; each pair's is logged as ``<name>.<student layer>-<teacher
@@ -386,6 +404,7 @@ class ProjectedMSE(nn.Module):
         bias: bool = True,
         normalize: bool = False,
         reduction: str = "mean",
+        method: str = "direct",
         layer_weights: Sequence[float] | None = None,
         weight: float = 1.0,
         name: str = LOSS,
@@ -397,7 +416,9 @@ class ProjectedMSE(nn.Module):
                 _fail(f"{side} must be above 0, got {size}")
         if direction not in DIRECTIONS:
             _fail(f"direction must be 'up' or 'down', got {direction!r}")
-        _check_options(direction, reduction, None)
+        _check_options(direction, reduction, None, method, normalize)
+        if method == "gram" and direction == "down":
+            _fail("method 'gram' goes up, got direction='down', where it would save nothing; use 'direct'")
         if reduction == "none":
             _fail("reduction must be mean or sum in an objective, got 'none'")
         self.pairs = _layer_pairs(layers, depths)
@@ -414,6 +435,7 @@ class ProjectedMSE(nn.Module):
             "direction": direction,
             "normalize": normalize,
             "reduction": reduction,
+            "method": method,
             "impl": impl,
         }
         source, target = (student_size, teacher_size) if direction == "up" else (teacher_size, student_size)
