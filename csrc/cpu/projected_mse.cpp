@@ -77,10 +77,10 @@ double chunk(const ProjectedMseJob& job, const void* packed, int64_t chunk, void
     const typename B::Packed projection(s, const_cast<void*>(packed));
     double value = 0;
     for (int64_t block = 0; block < s.blocks_of_chunk; ++block) {
-      const int64_t begin = (chunk * s.blocks_of_chunk + block) * s.rows;
-      if (begin >= job.count) break;
-      value += blocks.block(begin, smaller(s.rows, job.count - begin), projection,
-                            static_cast<typename V::scalar*>(partial), block > 0);
+      const int64_t begin = (chunk * s.blocks_of_chunk + block) * s.rows, end = smaller(begin + s.rows, job.count);
+      if (begin >= end) break;
+      value += blocks.block(begin, end - begin, projection, static_cast<typename V::scalar*>(partial), block > 0,
+                            {s, end, smaller(end + s.rows, job.count)});
     }
     return value;
   });

@@ -149,7 +149,7 @@ struct Direct {
     return sum(squares);
   }
 
-  double block(int64_t begin, int64_t count, const Packed& packed, F* partial, bool more) {
+  double block(int64_t begin, int64_t count, const Packed& packed, F* partial, bool more, Ahead<V, S> ahead) {
     load_source(begin, count);
     project(count, packed);
     double value = 0;
@@ -172,8 +172,8 @@ struct Direct {
     }
     if (s.collects) {
       const int64_t first = s.first_row();
-      gemm<Plain>(s.last_row() - first, s.m_padded, count, source + first, 1, s.source_row, tile, s.tile_row,
-                  partial + first * s.m_padded, s.m_padded, more);
+      transposed_product<Plain>(s.last_row() - first, s.m_padded, count, source + first, s.source_row, tile, s.tile_row,
+                                partial + first * s.m_padded, s.m_padded, more, ahead);
     }
     return value;
   }

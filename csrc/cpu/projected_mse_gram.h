@@ -96,7 +96,7 @@ struct Gram {
     bytes = arena.bytes;
   }
 
-  double block(int64_t begin, int64_t count, const Packed& packed, F* partial, bool more) {
+  double block(int64_t begin, int64_t count, const Packed& packed, F* partial, bool more, Ahead<V, S> ahead) {
     const double squares = load_rows(begin, count);
     if (s.back) {
       for (int64_t p = 0; p < s.k; p += s.lanes) {
@@ -115,7 +115,8 @@ struct Gram {
       write_source_gradient(s, begin, count, gradient, -job.scale);
     }
     const auto add_products = [&]<class M>(int64_t depth, const typename M::Word* a, const typename M::Word* b) {
-      gemm<M>(s.depth, s.m_padded, depth, a, 1, s.source_row, b, s.tile_row, partial, s.m_padded, more);
+      transposed_product<M>(s.depth, s.m_padded, depth, a, s.source_row, b, s.tile_row, partial, s.m_padded, more,
+                            ahead);
       gemm<M>(s.depth, s.depth_padded, depth, a, 1, s.source_row, a, s.source_row, partial + s.depth * s.m_padded,
               s.depth_padded, more);
     };

@@ -129,6 +129,49 @@ PYD_INLINE S* row_of(const Matrix& matrix, int64_t position) {
   return static_cast<S*>(matrix.data) + position * matrix.stride;
 }
 
+// The rows that a block will read, fetched a few cache lines at a time between the products of the block before it:
+// read all at once, they would leave the arithmetic waiting for memory.
+template <class V, class S>
+struct Ahead {
+  const Shape<V, S>& s;
+  int64_t row, end;
+  int64_t line = 0;
+
+  PYD_INLINE void fetch(int64_t lines) {
+    const int64_t of_target = lines_of(s.m), of_row = of_target + lines_of(s.k);
+    for (; lines > 0 && row < end; --lines) {
+      const int64_t at = s.position(row);
+      const S* from = line < of_target ? row_of<S>(s.job.target, at) : row_of<S>(s.job.source, at);
+      const int64_t offset = line < of_target ? line : line - of_target;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + 64 * offset, 0, 2);
+      if (++line == of_row) {
+        line = 0;
+        ++row;
+      }
+    }
+  }
+  int64_t lines() const { return (end - row) * (lines_of(s.m) + lines_of(s.k)); }
+
+ private:
+  static int64_t lines_of(int64_t n) { return (n * int64_t(sizeof(S)) + 63) / 64; }
+};
+
+// C[rows, columns] (+)= A^T B for A [depth, rows] and B [depth, columns], in small pieces with `ahead` between them.
+template <class M, class V, class S>
+void transposed_product(int64_t rows, int64_t columns, int64_t depth, const typename M::Word* a, int64_t a_row,
+                        const typename M::Word* b, int64_t b_row, typename V::scalar* c, int64_t c_row, bool accumulate,
+                        Ahead<V, S>& ahead) {
+  constexpr int64_t lanes = Shape<V, S>::lanes;
+  const int64_t pieces = round_up(columns, lanes) / lanes * ((rows + gemm_rows - 1) / gemm_rows);
+  const int64_t lines = ahead.lines() / larger(pieces, 1) + 1;
+  for (int64_t j = 0; j < columns; j += lanes)
+    for (int64_t r = 0; r < rows; r += gemm_rows) {
+      gemm<M>(smaller(gemm_rows, rows - r), smaller(lanes, columns - j), depth, a + r, 1, a_row, b + j, b_row,
+              c + r * c_row + j, c_row, accumulate);
+      ahead.fetch(lines);
+    }
+}
+
 // Row i of the projection, with the bias as its last.
 template <class P>
 PYD_INLINE const P* projection_row(const ProjectedMseJob& job, int64_t i) {

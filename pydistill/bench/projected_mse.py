@@ -47,9 +47,9 @@ PROVIDERS = ("eager", "compile", "ours", "limit")
 SIZE_NAMES = ("rows", "student", "teacher")
 EXAMPLE_SIZE = "4096x384x768"
 # A BERT-base teacher with a tiny student and one of half its width; a batch, and many at once.
-SIZES = ((4096, 48, 768), (65536, 48, 768), (4096, 384, 768), (65536, 384, 768))
+SIZES: tuple[Size, ...] = ((4096, 48, 768), (65536, 48, 768), (4096, 384, 768), (65536, 384, 768))
 # Other students and teachers, up: panels and blocks that do not come out even.
-MORE_SIZES = tuple(
+MORE_SIZES: tuple[Size, ...] = tuple(
     (4096, student, teacher)
     for teacher in (312, 768, 1024)
     for student in (48, 96, 192, 312, 384)

@@ -552,14 +552,14 @@ def _layer_pairs(
     if layers == "uniform":
         if depths is None or min(depths) < 1:
             _fail(f"layers='uniform' needs depths=(layers of the student, layers of the teacher), got {depths}")
-        student, teacher = depths
-        return [(layer, -(-(layer + 1) * teacher // student) - 1) for layer in range(student)]
+        below, above = depths
+        return [(layer, -(-(layer + 1) * above // below) - 1) for layer in range(below)]
     if isinstance(layers, str) or not layers:
         _fail(f"layers must be 'uniform', 'last' or pairs such as [(0, 2), (1, 5)], got {layers!r}")
-    pairs = [tuple(pair) for pair in layers]
-    for pair in pairs:
+    for pair in layers:
         if len(pair) != 2:
             _fail(f"layers must be pairs of a student and a teacher layer, got {pair}")
+    pairs = [(student, teacher) for student, teacher in layers]
     if len(set(pairs)) != len(pairs):
         _fail(f"layers must be distinct pairs, got {pairs}")
     return pairs
