@@ -67,6 +67,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/pydistill bench soft_target $(BENCH_ARGS)
 	$(BIN)/pydistill bench attention_relation $(BENCH_ARGS)
+	$(BIN)/pydistill bench projected_mse $(BENCH_ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/tables.py

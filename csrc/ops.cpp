@@ -29,6 +29,14 @@ STABLE_TORCH_LIBRARY(pydistill, m) {
       "num_items, Tensor? row_weights, bool causal, int? relation_heads, float? scale, str reduction, bool "
       "with_gradient) -> (Tensor loss, Tensor parts, Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor "
       "gradient_scale)");
+  // With `up` the student's rows are projected, projection [ds, dt], otherwise the teacher's, [dt, ds]. Loss, gradients
+  // (empty where not asked for; those of projection and bias in fp32, fp64 for fp64), and the factor that is still to
+  // be applied to the student's. With row_weights ("none") the gradients are those of the values weighted by row.
+  m.def(
+      "projected_mse(Tensor student, Tensor teacher, Tensor projection, Tensor? bias, Tensor? mask, Tensor? num_items, "
+      "Tensor? row_weights, bool up, bool normalize, str method, str reduction, bool with_student, bool "
+      "with_projection, bool with_bias) -> (Tensor loss, Tensor grad_student, Tensor grad_projection, Tensor "
+      "grad_bias, Tensor gradient_scale)");
   // rows *= scale, one factor for all or one per row; nothing is touched where the factor is 1.
   m.def("scale_rows_(Tensor(a!) rows, Tensor scale) -> ()");
 }

@@ -31,6 +31,10 @@ from pydistill.losses.attention_relation import (  # noqa: E402 (the checks abov
     AttentionRelation,
     attention_relation_loss,
 )
+from pydistill.losses.projected_mse import (  # noqa: E402 (the checks above must come first)
+    ProjectedMSE,
+    projected_mse_loss,
+)
 from pydistill.losses.soft_target import SoftTarget, soft_target_loss  # noqa: E402 (the checks above must come first)
 
 if TYPE_CHECKING:
@@ -44,11 +48,13 @@ __all__ = [
     "AttentionRelation",
     "DistillationTrainer",
     "Distiller",
+    "ProjectedMSE",
     "SoftTarget",
     "__version__",
     "attention_relation_loss",
     "capture",
     "plan",
+    "projected_mse_loss",
     "run",
     "soft_target_loss",
 ]

@@ -50,7 +50,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "cuda": Backend(False, "this version has no CUDA kernel for this loss"),
         "triton": Backend(False, "this version has no Triton kernel for this loss"),
     }
-    for loss in ("soft_target", "attention_relation")
+    for loss in ("soft_target", "attention_relation", "projected_mse")
 }
 PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 

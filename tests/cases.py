@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.losses import attention_relation, soft_target
+from pydistill.losses import attention_relation, projected_mse, soft_target
 
 Tensors = dict[str, Tensor]
 Keywords = Mapping[str, Any]
@@ -235,5 +235,57 @@ ATTENTION_RELATION = LossCase(
         "self none": _with(_SELF, "mask", reduction="none", causal=True, relation_heads=4),
         "num_items": _with(_CROSS, "mask", num_items=37),
         "num_items tensor": _with(_SELF, "mask", num_items=torch.tensor(5.5), reduction="token_mean"),
+    },
+)
+
+
+def projected_mse_inputs(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, *, seed: int = 0, scale: float = 1.0
+) -> Tensors:
+    """`shape` is (*, ds, dt). Normal hidden states, a projection up that keeps their scale, and a bias;
+    about one row in five is masked. `down` makes the other direction of it."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, student_size, teacher_size = shape
+
+    def normal(*sizes: int, factor: float = 1.0) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).mul_(factor).to(dtype)
+
+    return {
+        "student": normal(*rows, student_size, factor=scale),
+        "teacher": normal(*rows, teacher_size, factor=scale),
+        "projection": normal(student_size, teacher_size, factor=student_size**-0.5),
+        "bias": normal(teacher_size, factor=0.3 * scale),
+        "mask": torch.rand(rows, generator=generator) > 0.2,
+    }
+
+
+def down(tensors: Tensors) -> Tensors:
+    """The same with the teacher projected: the student's projection and bias turned into those of the teacher."""
+    projection = tensors["projection"]
+    found = {**tensors, "projection": projection.T.contiguous()}
+    if "bias" in tensors:
+        found["bias"] = torch.linspace(-0.4, 0.5, projection.size(0)).to(projection.dtype)
+    return found
+
+
+# Sizes differ in the shapes that tests take, so that the projection says its direction.
+PROJECTED_MSE = LossCase(
+    name="projected_mse",
+    loss=projected_mse.projected_mse_loss,
+    reference=projected_mse.projected_mse_reference,
+    differentiable=("student", "projection", "bias"),
+    inputs=projected_mse_inputs,
+    optional=("bias", "mask"),
+    variants={
+        "plain": {},
+        "bias": {"tensors": ("bias",)},
+        "mask": {"tensors": ("mask",)},
+        "normalize": {"normalize": True},
+        "normalize bias mask": {"normalize": True, "tensors": ("bias", "mask")},
+        "sum": {"reduction": "sum", "tensors": ("mask",)},
+        "none": {"reduction": "none", "tensors": ("bias", "mask")},
+        "none normalize": {"reduction": "none", "normalize": True, "tensors": ("mask",)},
+        "num_items": {"num_items": 37, "tensors": ("mask",)},
+        "num_items tensor": {"num_items": torch.tensor(5.5), "tensors": ("bias", "mask")},
     },
 )

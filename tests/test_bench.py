@@ -11,8 +11,9 @@ import torch
 from cases import IMPLEMENTATIONS
 
 from pydistill import _dispatch
-from pydistill.bench import attention_relation, compare, machine, main, measure, rows, soft_target
+from pydistill.bench import attention_relation, compare, machine, main, measure, projected_mse, rows, soft_target
 from pydistill.losses import attention_relation as relation_module
+from pydistill.losses import projected_mse as projection_module
 from pydistill.losses import soft_target as loss_module
 
 needs_kernel = pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="PYDISTILL_NATIVE=0: no compiled kernel")
@@ -223,6 +224,8 @@ def test_targets_judge_what_they_promise():
         (["attention_relation", "--sizes", "32x12x128"], "expected BATCHxHEADSxPOSITIONSxTEACHERxSTUDENT"),
         (["attention_relation", "--providers", "ours in place"], "got 'ours in place'"),
         (["attention_relation", "--workloads", "kl"], "expected some of qk,vv,qk padded, got 'kl'"),
+        (["projected_mse", "--sizes", "4096x48"], "expected ROWSxSTUDENTxTEACHER"),
+        (["projected_mse", "--workloads", "left"], "expected some of up,down, got 'left'"),
         (["no_such_loss"], "invalid choice: 'no_such_loss'"),
     ],
 )
@@ -424,3 +427,62 @@ def test_targets_of_a_relation():
         padded = dataclasses.replace(row, workload="qk padded", gigaflop=8.05 / 3, median_ms=milliseconds)
         assert judged(row, padded)["share of the time without padding (0.33 of the work)"] is met
     assert judged(relation_row(shape="1x1x2048x64x32", percent_of_limit=55.0)) == {"% of limit": False}
+
+
+# -------------------------------------------------------------------------------- projected_mse
+
+
+def test_bench_of_projected_mse(tmp_path, capsys):
+    arguments = ["projected_mse", "--dtypes", "fp32", "--quick", "--budget", "0.2", "--threads", "1"]
+    assert main([*arguments, "--sizes", "40x12x33", "--providers", "eager,ours", "--out", str(tmp_path)]) == 0
+    measured = rows.read_csv(tmp_path / "projected_mse.csv")[1]
+    assert [(row.workload, row.provider) for row in measured] == [
+        (workload, provider) for workload in ("up", "down") for provider in ("eager", "ours")
+    ]
+    assert [row.gigaflop for row in measured[::2]] == [6 * 40 * 12 * 33 / 1e9, 4 * 40 * 12 * 33 / 1e9]
+    assert all(row.gradient_error < 1e-5 for row in measured)
+    assert "projected_mse down, fp32 (40, 12, 33), 1 thread" in capsys.readouterr().out
+
+
+def test_gate_of_projected_mse(monkeypatch, tmp_path, capsys):
+    """A kernel that is wrong is not timed."""
+    right = projection_module.projected_mse_loss
+    monkeypatch.setattr(projection_module, "projected_mse_loss", lambda *given, **how: 1.001 * right(*given, **how))
+    arguments = ["projected_mse", "--dtypes", "fp32", "--quick", "--budget", "0.2", "--sizes", "40x12x33"]
+    assert main([*arguments, "--providers", "ours", "--out", str(tmp_path)]) == 1
+    assert "the correctness gate is red" in capsys.readouterr().err
+
+
+def test_operations_of_projected_mse():
+    """6 R ds dt up, 4 down; a projection of bf16 pairs counts half."""
+    for workload, products in (("up", 6), ("down", 4)):
+        problem = projected_mse.Problem.random((10, 3, 7), torch.bfloat16, workload)
+        assert problem.operations() == products * 10 * 3 * 7
+        assert problem.operations(pairs_of_bf16=True) == (products - 1) * 10 * 3 * 7
+        part = problem.part(torch.float64)
+        arguments = (part.student, part.teacher, part.projection)
+        plain = projected_mse.plain_loss(*arguments, part.up)
+        torch.testing.assert_close(plain, projection_module.projected_mse_reference(*arguments))
+
+
+def test_sizes_of_projected_mse():
+    chosen = projected_mse.cases(None, ["up", "down"], quick=False)
+    assert chosen[0] == ((4096, 48, 768), ["up", "down"])
+    assert len(chosen) == 4 + 13 and chosen[-1] == ((4096, 384, 1024), ["up"])
+    assert [names for _, names in projected_mse.cases(None, ["down"], quick=False)] == [["down"]] * 4
+    assert projected_mse.cases([(1, 2, 3)], ["down"], quick=True) == [((1, 2, 3), ["down"])]
+
+
+def test_targets_of_projected_mse():
+    def judged(**changes: object) -> dict[str, bool]:
+        size = {"loss": "projected_mse", "workload": "up", "shape": "4096x384x768", "provider": "ours"}
+        row = example_row(**{**size, "gigaflop": 7.25, "extra_mib": 15.0, **changes})
+        return {target.text.split("2T, ")[-1]: target.met for target in projected_mse.targets([row])}
+
+    found = judged(vs_eager=1.7, vs_compile=1.3, percent_of_limit=86.0)
+    assert found == {"times eager": True, "times compile": False, "% of limit": True, "extra MiB": True}
+    assert judged(extra_mib=100.0)["extra MiB"] is False
+    large = judged(shape="65536x384x768", workload="down", dtype="bf16", vs_compile=0.9)
+    assert large == {"times compile": False, "extra MiB": True}
+    assert judged(shape="4096x312x1024", percent_of_limit=60.0) == {"% of limit": False}
+    assert judged(provider="eager") == {}

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pydistill import SoftTarget
+from pydistill import ProjectedMSE, SoftTarget
 from pydistill.distiller import Distiller
 from pydistill.teachers import OnlineTeacher, RecordedTeacher, label_transfer_set
 from pydistill.trainer import (
@@ -388,6 +388,48 @@ def test_resume_restores_the_parameters_of_the_objective(tmp_path: Path) -> None
     again = trainer(tmp_path, objective=[SoftTarget(), Factor()], max_steps=10)
     again._load_from_checkpoint(str(tmp_path / "checkpoint-10"))
     assert torch.equal(again.distiller.objective.state_dict()["terms.1.factor"], trained)
+
+
+def test_projections_train_and_lie_beside_a_student_that_does_not_contain_them(tmp_path: Path) -> None:
+    """Hidden states of two layers, up to a wider teacher: logged by pair, resumed to the same bits, and no part of what
+    a user loads."""
+
+    def states(folder: str, **more: Any) -> DistillationTrainer:
+        student, teacher = tiny_bert(seed=0, layers=2), tiny_bert(seed=1, layers=4, hidden_size=24)
+        torch.manual_seed(5)
+        terms = [SoftTarget(), ProjectedMSE.between(student, teacher, shared=False, name="states")]
+        return DistillationTrainer(
+            Distiller(student, teacher, terms),
+            arguments(tmp_path / folder, save_strategy="steps", save_steps=5, logging_steps=5, **more),
+            tiny_rows(22),
+            processing_class=tiny_tokenizer(),
+        )
+
+    run = states("whole")
+    before = weights(run)
+    run.train()
+    after = weights(run)
+    own = {name for name in after if name.startswith("objective.")}
+    assert {name.removeprefix("objective.terms.1.") for name in own} == {
+        "projections.0", "projections.1", "biases.0", "biases.1"
+    }  # fmt: skip
+    assert all(not torch.equal(before[name], after[name]) for name in own)
+    logged = [entry for entry in run.state.log_history if "loss_states" in entry]
+    assert len(logged) == 2 and logged[-1]["loss_states"] < logged[0]["loss_states"]
+    for entry in logged:
+        assert entry["loss_states"] == pytest.approx(entry["loss_states.0-1"] + entry["loss_states.1-3"])
+
+    checkpoint = tmp_path / "whole" / "checkpoint-10"
+    with safe_open(checkpoint / "objective.safetensors", "pt") as stored:
+        assert {f"objective.{name}" for name in stored.keys()} == own
+    with safe_open(checkpoint / "model.safetensors", "pt") as stored:
+        assert set(stored.keys()) == set(run.distiller.student.state_dict())
+    loaded = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    assert_same_bits(loaded.state_dict(), run.distiller.student.state_dict())
+
+    again = states("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_same_bits(weights(again), after)
 
 
 def test_checkpoint_that_was_not_completely_written_is_passed_over(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ WORDS = [f"w{number}" for number in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def tiny_bert(seed: int = 0, num_labels: int = 2, dropout: float = 0.0, layers: int = 1) -> Any:
+def tiny_bert(seed: int = 0, num_labels: int = 2, dropout: float = 0.0, layers: int = 1, hidden_size: int = 16) -> Any:
     """A BERT classifier of a few thousand parameters, in training mode as its constructor leaves it."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {
         "vocab_size": len(WORDS) + len(SPECIAL),
-        "hidden_size": 16,
+        "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "intermediate_size": 32,

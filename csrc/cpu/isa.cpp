@@ -17,13 +17,16 @@ struct Candidate {
 std::vector<Candidate> candidates() {
   return {
 #if defined(__x86_64__)
-      {{"avx512", avx512::attention_relation, avx512::soft_target, avx512::scale, avx512::limits},
+      {{"avx512", avx512::attention_relation, avx512::projected_mse, avx512::soft_target, avx512::scale,
+        avx512::limits},
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma")},
-      {{"avx2", avx2::attention_relation, avx2::soft_target, avx2::scale, avx2::limits},
+      {{"avx2", avx2::attention_relation, avx2::projected_mse, avx2::soft_target, avx2::scale, avx2::limits},
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
-      {{"generic", generic::attention_relation, generic::soft_target, generic::scale, generic::limits}, true},
+      {{"generic", generic::attention_relation, generic::projected_mse, generic::soft_target, generic::scale,
+        generic::limits},
+       true},
   };
 }
 

@@ -7,6 +7,7 @@
 
 #include "attention_relation.h"
 #include "limits.h"
+#include "projected_mse.h"
 #include "scale.h"
 #include "soft_target.h"
 
@@ -15,6 +16,7 @@ namespace pyd {
 struct Kernels {
   const char* isa;
   const AttentionRelationKernel& attention_relation;
+  const ProjectedMseKernel& projected_mse;
   const SoftTargetKernel& soft_target;
   const ScaleKernel& scale;
   const LimitKernels& limits;

@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmarks() -> dict[str, Benchmark]:
     """The benchmark of each loss."""
-    from pydistill.bench import attention_relation, soft_target
+    from pydistill.bench import attention_relation, projected_mse, soft_target
 
-    found: list[Benchmark] = [soft_target, attention_relation]
+    found: list[Benchmark] = [soft_target, attention_relation, projected_mse]
     return {benchmark.LOSS: benchmark for benchmark in found}
 
 
