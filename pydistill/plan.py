@@ -273,16 +273,21 @@ def load_model_config(model: str) -> PretrainedConfig:
         raise PlanError(f"teacher.model: {model}: {_first_line(error)}") from None
 
 
-def load_tokenizer(source: str | None, model: str) -> PreTrainedTokenizerBase:
-    """Load the teacher's tokenizer, from its own folder or from ``teacher.tokenizer``."""
-    advice = "name a tokenizer with --teacher.tokenizer"
+def load_tokenizer(
+    source: str | None,
+    model: str,
+    *,
+    key: str = "teacher.tokenizer",
+    advice: str = "name a tokenizer with --teacher.tokenizer",
+) -> PreTrainedTokenizerBase:
+    """Load the teacher's tokenizer, from its own folder or from ``source``; errors say ``key`` and ``advice``."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_path(source) if source else model)
     except (OSError, ValueError) as error:
-        raise PlanError(f"teacher.tokenizer: {source or model}: {_first_line(error)}; {advice}") from None
+        raise PlanError(f"{key}: {source or model}: {_first_line(error)}; {advice}") from None
     # Where the files are missing transformers makes up a tokenizer that knows nothing but its special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise PlanError(f"teacher.tokenizer: {source or model} holds a model but no tokenizer files; {advice}")
+        raise PlanError(f"{key}: {source or model} holds no tokenizer files; {advice}")
     return tokenizer
 
 

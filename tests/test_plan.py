@@ -55,7 +55,7 @@ def test_a_teacher_without_tokenizer_files_is_refused(shared: Path, tmp_path: Pa
     for name in ("config.json", "model.safetensors"):
         shutil.copy(shared / "bert" / name, tmp_path)
     words = refusal(shared, teacher__model=str(tmp_path))
-    assert f"teacher.tokenizer: {tmp_path} holds a model but no tokenizer files" in words
+    assert f"teacher.tokenizer: {tmp_path} holds no tokenizer files" in words
     make_plan(shared, teacher__model=str(tmp_path), teacher__tokenizer=str(shared / "bert"))
 
 
