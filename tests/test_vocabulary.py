@@ -74,7 +74,7 @@ def test_rare_characters_do_not_crowd_out_pieces() -> None:
     found = train_vocabulary([chinese, *SENTENCES], teacher_tokenizer(), size=230, min_frequency=1).get_vocab()
     # The alphabet holds at most 100, and those of the sentences are more frequent.
     assert 1 < sum("\u4e00" <= piece <= "\u9fff" for piece in found) < 100
-    assert set("abcdefghiklmn") | {"##a", "##n"} < found.keys() and {"machine", "keeper"} < found.keys()
+    assert set("abcdefghiklmn") | {"##a", "##n"} < found.keys() and "machine" in found
 
 
 def test_what_is_refused() -> None:
