@@ -28,8 +28,11 @@ def teacher_tokenizer() -> BertTokenizer:
     """BERT's own class, lower-casing; its special tokens lie elsewhere than the student's, as BERT's do."""
     blank = BertTokenizer(vocab={token: index for index, token in enumerate(TEACHER_SPECIAL)})
     trained = train_vocabulary(SENTENCES, blank, size=170, min_frequency=1)
-    pieces = sorted(set(trained.get_vocab()) - set(TEACHER_SPECIAL))
-    order = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
+    # Pieces that the student has and its teacher has not.
+    missing = {"machine", "learn", "##nd"}
+    pieces = sorted(set(trained.get_vocab()) - set(TEACHER_SPECIAL) - missing)
+    unused = [f"[unused{number}]" for number in range(1 + len(missing))]
+    order = ["[PAD]", *unused, "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
     return BertTokenizer(vocab={piece: index for index, piece in enumerate(order)}, model_max_length=64)
 
 

@@ -146,6 +146,9 @@ class SharedProjections(nn.Module):
             `shared_projection_loss` refuses.
     """
 
+    # They are free to be as large as they need; `DistillationTrainer` looks here.
+    no_weight_decay = True
+
     def __init__(
         self,
         student_parameters: Mapping[str, Tensor],
