@@ -90,9 +90,12 @@ def test_both_rows_hold_the_same_words_and_fit() -> None:
             words = [[word for word, _ in itertools.groupby(side.word_ids[1:-1])] for side in (teacher, student)]
             assert words[0] == words[1] == list(range(len(words[0])))
             assert max_length < 20 or words[0]
-    # The student's own tokenizer says where a row has to end: no word less than fits.
-    teacher, student = segmenter(max_length=20, mixing=1)(long)
-    assert len(student_tokenizer().tokenize(" ".join(tokens(student)).replace(" ##", ""))) > 20 - 2 - 7
+    # No word less than fits, be it the teacher's row or the student's that is full.
+    teacher, student = segmenter(max_length=9)("the " * 20)
+    assert len(teacher.input_ids) == len(student.input_ids) == 9
+    teacher, student = segmenter(max_length=20, mixing=0)("the harbour " * 20)
+    assert len(teacher.input_ids) < len(student.input_ids) == 20 - 1
+    assert student_tokenizer().tokenize("the harbour") == ["the", "har", "##bo", "##ur"]
 
 
 # ------------------------------------------------------------------------- masks
