@@ -34,6 +34,7 @@ from pydistill.students.encoder import make_student
 from pydistill.students.mixed_vocab import (
     DualTraining,
     MixedVocabularyTeacher,
+    held_out_losses,
     student_config,
 )
 from pydistill.trainer import OBJECTIVE_WEIGHTS, DistillationTrainer
@@ -481,6 +482,19 @@ def test_evaluation_is_of_the_whole_objective(tmp_path: Path) -> None:
     found = run.evaluate(rows)["eval_loss"]  # type: ignore[arg-type]
     assert found == run.evaluate(rows)["eval_loss"] and found > 0  # type: ignore[arg-type]
     assert isinstance(run.distiller, Distiller)
+
+
+@pytest.mark.parametrize("options", [{"direction": "down"}, {"projected": "hidden_states", "direction": "up"}])
+def test_held_out_losses_are_means_over_all_items(options: dict[str, Any]) -> None:
+    step, whole = dual(dropout=0.5, **options), batch()
+    halves = [{name: value[rows] for name, value in whole.items()} for rows in (slice(0, 2), slice(2, 6))]
+    step.train()
+    found = held_out_losses(step, halves)
+    assert step.training and found == held_out_losses(step, halves)
+    parts = step.eval()(**whole).parts
+    assert found == pytest.approx({name: value.item() for name, value in parts.items()}, rel=1e-5)
+    with pytest.raises(ValueError, match="batches must hold at least one, got none"):
+        held_out_losses(step, [])
 
 
 # ------------------------------------------------------------------------- refusals

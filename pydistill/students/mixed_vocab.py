@@ -8,7 +8,7 @@ between their hidden states. Both are trained by `DualTraining`; the student is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NoReturn, cast
 
 import torch
@@ -457,6 +457,34 @@ class DualTraining(Distiller):
         super().activation_checkpointing_enable(**options)
         if self.objective.teacher is not None:
             self.objective.teacher.encoder.activation_checkpointing_enable(**options)
+
+
+@torch.no_grad()
+def held_out_losses(step: DualTraining, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the mean of each part of the loss over all items of ``batches``, without dropout.
+
+    ``student`` is the cross-entropy per masked piece, in nats, by which students of one vocabulary are compared.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    training, device = step.training, step.student.device
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    step.eval()
+    try:
+        for batch in batches:
+            given = {name: value.to(device) for name, value in batch.items()}
+            parts = step(**given).parts
+            assert parts is not None
+            counts.append(step.objective.count_items(given))
+            sums.append(torch.stack(list(parts.values())) * counts[-1])
+    finally:
+        step.train(training)
+    if not sums:
+        _fail("held_out_losses", "batches must hold at least one, got none")
+    means = torch.stack(sums).sum(0) / torch.stack(counts).sum(0).clamp(min=1)
+    return dict(zip(step.objective.names, means.tolist(), strict=True))
 
 
 def _fail(where: str, message: str) -> NoReturn:
