@@ -23,6 +23,7 @@ pydistill: distil a Transformer into a small, fast student.
   pydistill evaluate TASKS --model FOLDER    fine-tune and score an encoder on labelled tasks, over several seeds
   pydistill report FOLDER                draw the report of a finished run again
   pydistill augment IN OUT --text-columns sentence    write synthetic sentences
+  pydistill vocab CORPUS OUT --teacher MODEL    train a small vocabulary for a student
   pydistill bench LOSS                   time the kernels against eager and compiled PyTorch
   pydistill env                          what is installed and which kernels are used
 
@@ -219,6 +220,43 @@ def augment_command(words: list[str]) -> int:
     return 0
 
 
+def vocab_command(words: list[str]) -> int:
+    """``pydistill vocab``: texts in, a folder with a tokenizer out."""
+    parser = argparse.ArgumentParser(
+        prog="pydistill vocab",
+        description="Train a WordPiece vocabulary for a student, with its teacher's words and special tokens.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("corpus", nargs="+", help="one text per line; .jsonl, .csv, .parquet: per row; or patterns")
+    parser.add_argument("output", type=Path, help="folder to write, for AutoTokenizer")
+    parser.add_argument("--teacher", required=True, help="whose tokenizer it follows: folder, hub name or package:")
+    parser.add_argument("--size", type=int, default=4928, help="pieces, special tokens included")
+    parser.add_argument("--text-column", default="text", help="of files with columns")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds a tokenizer")
+    options = parser.parse_args(words)
+    from pydistill.config import resolve_path
+    from pydistill.data.corpus import CorpusSection
+    from pydistill.data.vocabulary import write_vocabulary
+    from pydistill.inference import ModelError, load_tokenizer
+
+    try:
+        teacher = load_tokenizer(resolve_path(options.teacher))
+    except ModelError as error:
+        raise UserError(f"vocab: --teacher: {error}; name a model of the BERT family") from None
+    tokenizer = write_vocabulary(
+        CorpusSection(files=options.corpus, text_column=options.text_column),
+        teacher,
+        options.output,
+        size=options.size,
+        overwrite=options.overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    pieces, theirs = set(tokenizer.get_vocab()), set(teacher.get_vocab())
+    shared = f"{len(pieces & theirs):,} of them among the teacher's {len(theirs):,}"
+    print(f"{options.output}: {len(pieces):,} pieces, {shared}")
+    return 0
+
+
 def predict_command(words: list[str]) -> int:
     """``pydistill predict``: classify texts from the command line or from standard input."""
     parser = argparse.ArgumentParser(
@@ -310,6 +348,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "env": env_command,
     "bench": bench_command,
     "augment": augment_command,
+    "vocab": vocab_command,
     "predict": predict_command,
     "evaluate": evaluate_command,
     "report": report_command,

@@ -89,9 +89,9 @@ class Distiller(nn.Module):
 
     @property
     def batch_keys(self) -> frozenset[str]:
-        """Every key that `forward` has a use for: inputs of either model, ``labels``, and ``segment_ids``."""
+        """Every key that `forward` has a use for: of either model, of the objective, ``labels``, ``segment_ids``."""
         teacher = self.teacher.batch_keys if self.teacher is not None and self.needs_teacher else frozenset[str]()
-        return self.student_inputs | teacher | {"labels", SEGMENTS}
+        return self.student_inputs | teacher | self.objective.batch_keys | {"labels", SEGMENTS}
 
     def forward(
         self,

@@ -25,6 +25,7 @@ class Objective(nn.Module):
       instance ``frozenset({"logits"})``;
     - ``forward(student, teacher, batch, num_items=None)``: its unweighted value, a 0-d tensor;
     - ``count_items(batch)``: how many items its mean runs over in this batch (a number or 0-d tensor);
+    - optionally ``batch_keys``: keys of the batch that no model reads, for the term itself;
     - optionally ``forward_with_parts``, with the arguments of ``forward``: its value and, by name, the parts (0-d,
       detached) that it consists of, which are logged as ``<term>.<part>``.
 
@@ -66,6 +67,11 @@ class Objective(nn.Module):
     def teacher_signals(self) -> frozenset[str]:
         """Every signal that some term reads from the teacher; empty where no teacher is needed."""
         return frozenset[str]().union(*(_signals(term, "teacher_signals") for term in self.terms))
+
+    @property
+    def batch_keys(self) -> frozenset[str]:
+        """Every key that some term reads from the batch, beside ``labels`` and what the models read."""
+        return frozenset[str]().union(*(getattr(term, "batch_keys", ()) for term in self.terms))
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many items each term's mean runs over in `batch`: fp32 ``[K]`` for K terms.

@@ -243,6 +243,16 @@ class DistillationTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             return super().evaluation_loop(*args, **kwargs)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters with weight decay: without those of modules that say ``no_weight_decay = True``."""
+        exempt = {
+            f"{prefix}.{name}"
+            for prefix, module in model.named_modules()
+            if getattr(module, "no_weight_decay", False)
+            for name, _ in module.named_parameters()
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
+
     # ---- data
 
     def _set_signature_columns_if_needed(self) -> None:

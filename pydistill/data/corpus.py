@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from pydistill.config import ConfigError, OneOrMore, Section, UserError, resolve_path
 from pydistill.packing import SEGMENTS
 
-Row = dict[str, list[int]]
+Row = dict[str, Any]
+Packing = Literal["truncate", "packed"]
 
 # Texts that are read and tokenized in one call: enough to keep a fast tokenizer's threads busy.
 _CHUNK = 256
@@ -44,7 +45,7 @@ class CorpusSection(Section):
     )
     dataset: str | None = Field(None, description="NAME[@CONFIG][:SPLIT] for datasets.load_dataset, instead of files")
     text_column: str = Field("text", description="of a dataset, or of files with columns")
-    packing: Literal["truncate", "packed"] = Field(
+    packing: Packing = Field(
         "truncate", description="one text per row, or as many as fit, kept apart by a block-diagonal attention mask"
     )
     max_length: Annotated[int, Field(gt=1)] = Field(128, description="tokens per row; longer texts are cut")
@@ -68,6 +69,7 @@ def load_corpus(
     *,
     part: Literal["train", "held_out"] = "train",
     seed: int = 0,
+    as_texts: bool = False,
 ) -> Corpus:
     """Open the corpus that ``section`` describes.
 
@@ -88,13 +90,22 @@ def load_corpus(
         texts,
         tokenizer,
         max_length=section.max_length,
-        packing=section.packing,
+        packing="texts" if as_texts else section.packing,
         shuffle_buffer=section.shuffle_buffer if part == "train" else 1,
         every=section.held_out,
         held_out=part == "held_out",
         endless=part == "train",
         seed=seed,
     )
+
+
+def corpus_texts(section: CorpusSection) -> Iterable[str]:
+    """Return the texts that ``section`` describes, held out or not, in order, to be iterated any number of times.
+
+    Raises:
+        CorpusError: a file, data set or column that does not exist, or a file without text.
+    """
+    return _Texts(section)
 
 
 class _Texts:
@@ -179,7 +190,9 @@ class Corpus(IterableDataset):
 
     Rows: ``"truncate"`` yields ``input_ids``, one text each. ``"packed"`` yields ``input_ids``, ``segment_ids`` (1 for
     the first text of the row, 2 for the second, ...) and ``position_ids`` (from 0 in each text); a text goes into the
-    first of a few open rows that has room for it, and if none has, the fullest one is yielded.
+    first of a few open rows that has room for it, and if none has, the fullest one is yielded. ``"texts"`` yields what
+    a collator needs that tokenizes by itself and draws at random: ``text``, its ``index`` in the corpus, the ``pass``,
+    and how many rows came before this one in all (``position``). These numbers depend on the order alone.
 
     Args:
         texts: iterated once per pass.
@@ -202,7 +215,7 @@ class Corpus(IterableDataset):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
-        packing: Literal["truncate", "packed"] = "truncate",
+        packing: Packing | Literal["texts"] = "truncate",
         shuffle_buffer: int = 10_000,
         every: int = 0,
         held_out: bool = False,
@@ -226,15 +239,16 @@ class Corpus(IterableDataset):
         """Return the same stream for a trainer that is about to skip its first ``rows`` rows.
 
         Skipping reads and throws away; the rows that will be thrown away come as a single padding token each instead of
-        being tokenized (truncated rows only: how many texts fill a packed row is known only from their tokens).
+        being tokenized, or as an empty text (not of packed rows: how many texts fill one is known only from their
+        tokens).
         """
         stream = copy.copy(self)
-        stream._seen = rows if self.packing == "truncate" else 0
+        stream._seen = 0 if self.packing == "packed" else rows
         return stream
 
     def first_texts(self, count: int) -> list[str]:
         """Return the first ``count`` texts of this part of the corpus, unshuffled; none at all is an error."""
-        found = list(itertools.islice(self._part(), count))
+        found = [text for _, text in itertools.islice(self._part(), count)]
         if not found:
             raise self._no_text()
         return found
@@ -246,19 +260,27 @@ class Corpus(IterableDataset):
                 f"corpus: is one stream and cannot be read by {workers.num_workers} workers; "
                 "set dataloader_num_workers to 0 or 1"
             )
-        seen = self._seen
+        seen, position = self._seen, itertools.count()
         for number in itertools.count() if self.endless else range(1):
             empty = True
             texts = self._shuffled(number)
             if self.packing == "packed":
                 rows = _pack(self._tokenized(texts), self.max_length)
             else:
-                skipped = itertools.islice(texts, seen)
-                for _ in skipped:
+                for index, _ in itertools.islice(texts, seen):
                     empty = False
                     seen -= 1
-                    yield {"input_ids": [int(self.tokenizer.pad_token_id)]}
-                rows = ({"input_ids": ids} for ids in self._tokenized(texts))
+                    if self.packing == "texts":
+                        yield {"text": "", "index": index, "pass": number, "position": next(position)}
+                    else:
+                        yield {"input_ids": [int(self.tokenizer.pad_token_id)]}
+                if self.packing == "texts":
+                    rows = (
+                        {"text": text, "index": index, "pass": number, "position": next(position)}
+                        for index, text in texts
+                    )
+                else:
+                    rows = ({"input_ids": ids} for ids in self._tokenized(texts))
             for row in rows:
                 empty = False
                 yield row
@@ -269,12 +291,13 @@ class Corpus(IterableDataset):
         kind = "held out" if self.held_out else "left for training"
         return CorpusError(f"corpus: no text is {kind} with held_out {self.every}; give more texts")
 
-    def _part(self) -> Iterator[str]:
-        for number, text in enumerate(self.texts, 1):
-            if (self.every > 0 and number % self.every == 0) == self.held_out:
-                yield text
+    def _part(self) -> Iterator[tuple[int, str]]:
+        """The texts of this part, each with its index in the corpus."""
+        for index, text in enumerate(self.texts):
+            if (self.every > 0 and (index + 1) % self.every == 0) == self.held_out:
+                yield index, text
 
-    def _shuffled(self, number: int) -> Iterator[str]:
+    def _shuffled(self, number: int) -> Iterator[tuple[int, str]]:
         texts = self._part()
         if self.shuffle_buffer == 1:
             yield from texts
@@ -286,8 +309,8 @@ class Corpus(IterableDataset):
             for position in np.random.default_rng([self.seed, number, index]).permutation(len(block)):
                 yield block[position]
 
-    def _tokenized(self, texts: Iterator[str]) -> Iterator[list[int]]:
-        while chunk := list(itertools.islice(texts, _CHUNK)):
+    def _tokenized(self, texts: Iterator[tuple[int, str]]) -> Iterator[list[int]]:
+        while chunk := [text for _, text in itertools.islice(texts, _CHUNK)]:
             yield from self.tokenizer(chunk, truncation=True, max_length=self.max_length)["input_ids"]
 
 
