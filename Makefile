@@ -107,7 +107,7 @@ compat: build/.wheel $(COMPAT_VENV)/.tools
 	rm -rf build/compat && mkdir -p build/compat && cp -r tests pyproject.toml build/compat
 	cd build/compat && $(COMPAT_BIN)/python -c \
 	  "import torch, pydistill._dispatch as d; print('torch', torch.__version__, '-', d.native_reason)"
-	cd build/compat && $(COMPAT_BIN)/python -m pytest tests/test_soft_target.py tests/test_attention_relation.py $(TEST_ARGS)
+	cd build/compat && $(COMPAT_BIN)/python -m pytest tests/test_soft_target.py tests/test_attention_relation.py tests/test_projected_mse.py $(TEST_ARGS)
 
 clean:
 	rm -rf build dist $(VENV) $(COMPAT_VENV) *.egg-info pydistill/_C.*.so .mypy_cache .ruff_cache .pytest_cache

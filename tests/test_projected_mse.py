@@ -948,7 +948,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"method": "gram", "normalize": True},
         ValueError,
-        "method 'gram' knows no single rows, got normalize=True, reduction='mean'; use 'direct'",
+        "method 'gram' knows no single rows, got normalize=True and reduction='mean'; use 'direct'",
     ),
     ({"method": "gram", "reduction": "none"}, ValueError, "method 'gram' knows no single rows, got .*'none'; use"),
     (
