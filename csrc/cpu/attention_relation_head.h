@@ -17,9 +17,9 @@ constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
 template <class V, class S, int vectors>
 struct Head {
   using F = typename V::scalar;
-  using Product = typename ScoreProduct<V, S>::Type;
+  using Product = typename ProductOf<V, S>::Type;
   using Word = typename Product::Word;
-  static constexpr bool pairs = ScoreProduct<V, S>::pairs;
+  static constexpr bool pairs = ProductOf<V, S>::pairs;
   static constexpr int lanes = vectors * V::width;
 
   const RelationJob& job;

@@ -9,31 +9,12 @@
 namespace pyd::PYD_ISA {
 namespace {
 
-// Scores are products of what is stored: exact pairs where bf16 has an instruction for them.
-template <class V, class S>
-struct ScoreProduct {
-  using Type = Multiply<V>;
-  static constexpr bool pairs = false;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ScoreProduct<Floats, bf16> {
-  using Type = MultiplyPairs;
-  static constexpr bool pairs = true;
-};
-#endif
-
 // Rows of numbers, `stride` apart.
 template <class T>
 struct RowsOf {
   const T* data;
   int64_t stride;
 };
-
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
 
 // The features of one relation head: a range of the concatenated heads, for the tokens of one sequence.
 template <class S>
@@ -95,10 +76,10 @@ RowsOf<typename V::scalar> numbers(const Source<S>& source, int64_t begin, int64
 
 // The same as operands of score products.
 template <class V, class S>
-RowsOf<typename ScoreProduct<V, S>::Type::Word> operands(const Source<S>& source, int64_t begin, int64_t count,
-                                                         bool gather, typename ScoreProduct<V, S>::Type::Word* buffer) {
-  using Word = typename ScoreProduct<V, S>::Type::Word;
-  if constexpr (ScoreProduct<V, S>::pairs) {
+RowsOf<typename ProductOf<V, S>::Type::Word> operands(const Source<S>& source, int64_t begin, int64_t count,
+                                                      bool gather, typename ProductOf<V, S>::Type::Word* buffer) {
+  using Word = typename ProductOf<V, S>::Type::Word;
+  if constexpr (ProductOf<V, S>::pairs) {
     if (source.whole && source.consecutive && source.size % 2 == 0 && source.token_stride % 2 == 0 &&
         !(gather && source.token_stride != source.size))
       return {reinterpret_cast<const Word*>(source.direct(begin)), source.token_stride / 2};

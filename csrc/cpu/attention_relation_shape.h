@@ -18,9 +18,6 @@ constexpr int64_t key_block = 256;               // how many are copied at a tim
 constexpr int64_t symmetric_tiles = 1200 << 10;  // bytes of both tiles of a symmetric job
 constexpr int64_t symmetric_keys = 256 << 10;    // bytes of its copied keys
 
-PYD_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-PYD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Vectors in a block of a one-sweep job: fewer where there are more keys, so that the tiles stay in the cache.
 template <class V>
 int block_vectors(const RelationJob& job) {

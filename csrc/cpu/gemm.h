@@ -34,6 +34,20 @@ struct MultiplyPairs {
 };
 #endif
 
+// How what is stored as S is multiplied in the vectors V: exact pairs where bf16 has an instruction for them.
+template <class V, class S>
+struct ProductOf {
+  using Type = Multiply<V>;
+  static constexpr bool pairs = false;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ProductOf<Floats, bf16> {
+  using Type = MultiplyPairs;
+  static constexpr bool pairs = true;
+};
+#endif
+
 #if defined(__AVX512F__)
 constexpr int gemm_vectors = 4;  // 24 sums, 4 vectors of B and one number of A: 29 of 32 registers
 #else
@@ -72,6 +86,13 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const typename M::Word* 
 }
 
 PYD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+PYD_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
 
 template <class M, int vectors>
 void gemm_columns(int64_t rows, int64_t depth, const typename M::Word* a, int64_t a_row, int64_t a_depth,

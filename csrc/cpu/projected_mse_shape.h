@@ -13,34 +13,12 @@ constexpr int64_t most_chunks = 64;
 constexpr int64_t accumulators_limit = 512 << 10;  // bytes of dP that stay in the second-level cache beside a block
 constexpr int64_t block_rows = 96, large_block_rows = 192;
 
-PYD_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-PYD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
-
-// y = a P is made of exact pairs where bf16 has an instruction for them.
-template <class V, class S>
-struct ProjectionProduct {
-  using Type = Multiply<V>;
-  static constexpr bool pairs = false;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ProjectionProduct<Floats, bf16> {
-  using Type = MultiplyPairs;
-  static constexpr bool pairs = true;
-};
-#endif
-
 // The sizes that everything is laid out by.
 template <class V, class S>
 struct Shape {
   using F = typename V::scalar;
-  using Pairs = typename ProjectionProduct<V, S>::Type;
-  static constexpr bool may_pair = ProjectionProduct<V, S>::pairs;
+  using Pairs = typename ProductOf<V, S>::Type;
+  static constexpr bool may_pair = ProductOf<V, S>::pairs;
   static constexpr int64_t lanes = gemm_vectors * V::width;  // columns of a panel
 
   const ProjectedMseJob& job;
