@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pydistill
+from pydistill import _dispatch
 
 
 class ChildError(AssertionError):
@@ -32,3 +35,19 @@ def in_a_new_process(arguments: list[str], **environment: str) -> str:
 def numerics_of(file: str) -> list[str]:
     """Arguments that run the numerics tests of a test module."""
     return ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numerics", Path(file).name]
+
+
+def check_instruction_set(isa: str, file: str) -> None:
+    """All numerics tests of a test module again, with the kernels of another instruction set."""
+    native = _dispatch.native
+    assert native is not None and isa in native.isas_compiled()
+    if isa == native.isa():
+        return  # the module's tests ran with it
+    report = "from pydistill import _dispatch; print(_dispatch.native.isa())"
+    try:
+        assert in_a_new_process(["-c", report], PYDISTILL_ISA=isa).strip() == isa
+    except ChildError as error:
+        if "this processor does not have these instructions" in str(error):
+            pytest.skip(f"this processor has no {isa}")
+        raise
+    assert "passed" in in_a_new_process([*numerics_of(file), "-k", "not reference"], PYDISTILL_ISA=isa)

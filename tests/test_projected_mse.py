@@ -24,7 +24,7 @@ from cases import (
     run,
     truth,
 )
-from processes import ChildError, in_a_new_process, numerics_of
+from processes import ChildError, check_instruction_set, in_a_new_process, numerics_of
 from tiny_models import tiny_bert
 from torch import Tensor
 
@@ -1206,19 +1206,7 @@ def test_objective_term_refuses(change, message):
 @needs_kernel
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
 def test_every_instruction_set(isa):
-    """All numerics tests of this file again with the kernels of another instruction set."""
-    native = _dispatch.native
-    assert isa in native.isas_compiled()
-    if isa == native.isa():
-        return  # the tests above ran with it
-    report = "from pydistill import _dispatch; print(_dispatch.native.isa())"
-    try:
-        assert in_a_new_process(["-c", report], PYDISTILL_ISA=isa).strip() == isa
-    except ChildError as error:
-        if "this processor does not have these instructions" in str(error):
-            pytest.skip(f"this processor has no {isa}")
-        raise
-    assert "passed" in in_a_new_process([*numerics_of(__file__), "-k", "not reference"], PYDISTILL_ISA=isa)
+    check_instruction_set(isa, __file__)
 
 
 def test_without_native_code():
