@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pydistill.bench import benchmarks, rows
 from pydistill.recipes import page_of
-from pydistill.report import mean_and_spread
+from pydistill.report import mean_and_spread, times
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -101,16 +101,11 @@ def speed(page: Path, source: Path) -> str:
                 group[0].shape.replace("x", " x "),
                 group[0].dtype,
                 *(f"{by[name].median_ms:.3g} ms" if name in by else "-" for name in names),
-                f"{times(best.vs_eager)} / {times(best.vs_compile)}",
+                " / ".join("-" if ratio is None else times(ratio) for ratio in (best.vs_eager, best.vs_compile)),
                 " / ".join(f"{by[name].extra_mib or 0:.0f}" if name in by else "-" for name in names),
             )
         )
     return grid(lines) + f"\n\nMeasured on: {machine}; {threads} threads."
-
-
-def times(ratio: float | None) -> str:
-    """A ratio with at least two digits."""
-    return "-" if ratio is None else f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
 
 
 def bench(page: Path, source: Path) -> str:

@@ -100,8 +100,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def times(ratio: float) -> str:
-    """Format how many times smaller or faster."""
-    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+    """Format how many times smaller or faster, with two digits or more."""
+    return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
 
 
 COSTS = ("parameters", "without embeddings", "file")
