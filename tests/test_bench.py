@@ -188,7 +188,11 @@ def test_statistics_prefer_clean_samples():
 
 
 def test_csv_keeps_every_value(tmp_path):
-    written = [example_row(), example_row(provider="limit", extra_mib=None, value_error=None, vs_eager=None)]
+    """Every digit too: 0.17349999 is 0.173 in a table, and would be 0.174 after six digits in the file."""
+    written = [
+        example_row(median_ms=0.17349999, p20_ms=1 / 7),
+        example_row(provider="limit", extra_mib=None, value_error=None, vs_eager=None),
+    ]
     rows.write_csv(tmp_path / "x.csv", "cpu some | torch 2", written)
     assert rows.read_csv(tmp_path / "x.csv") == ("cpu some | torch 2", written)
     (tmp_path / "y.csv").write_text("loss,workload\n")

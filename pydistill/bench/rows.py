@@ -49,15 +49,14 @@ class Row:
 
 
 def write_csv(path: Path, machine: str, rows: Iterable[Row]) -> None:
-    """Raw numbers, after one comment line that says which machine and versions they come from."""
+    """Raw numbers, every digit of them: tables made of the file are those made of the rows. Before them one comment
+    line that says which machine and versions they come from."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="") as file:
         file.write(f"# {machine}\n")
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            values = {key: _rounded(value) for key, value in asdict(row).items()}
-            writer.writerow(values)
+        writer.writerows(map(asdict, rows))
     os.replace(temporary, path)
 
 
@@ -68,12 +67,6 @@ def read_csv(path: Path) -> tuple[str, list[Row]]:
         if not first.startswith("# "):
             raise ValueError(f"{path}: the first line must be '# <machine>', got {first[:60]!r}")
         return first[2:].strip(), [_parsed(record) for record in csv.DictReader(file)]
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "" if value is None else value
 
 
 def _parsed(record: dict[str, str]) -> Row:
