@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -67,6 +68,66 @@ def _one_or_more(value: Any) -> Any:
 OneOrMore = Annotated[list[T], BeforeValidator(_one_or_more)]
 
 
+@functools.cache
+def _argument_types() -> dict[str, TypeAdapter[Any]]:
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
+    return {field.name: TypeAdapter(_plain(hints[field.name])) for field in fields}
+
+
+def _plain(hint: Any) -> Any:
+    # A strategy is typed "its enum or a string", and yaml can only say the string: one of the enum's values.
+    members = get_args(hint)
+    for member in members:
+        if isinstance(member, type) and issubclass(member, Enum):
+            choices: Any = Literal[tuple(choice.value for choice in member)]
+            return choices | None if type(None) in members else choices
+    return hint
+
+
+def training_arguments(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Check names and types of a ``TrainingArguments`` block and return it with its values converted.
+
+    Raises:
+        PydanticCustomError: an unknown name, a key that the run sets itself, or a value of the wrong type; its context
+            holds ``key``, ``value`` and, for unknown names, ``near``.
+    """
+    types = _argument_types()
+    checked: dict[str, Any] = {}
+    for name, value in block.items():
+        context = {"key": f"{prefix}{name}", "value": value, "near": [], "unknown": False}
+        if name in OWNED_BY_RUN:
+            raise PydanticCustomError("argument", f"is set by the run from {OWNED_BY_RUN[name]}", context)
+        if name not in types:
+            context |= {"near": near_matches(name, types), "unknown": True}
+            raise PydanticCustomError("argument", "is not a name of transformers.TrainingArguments", context)
+        try:
+            checked[name] = types[name].validate_python(value)
+        except ValidationError as error:
+            rules = dict.fromkeys(_lower_first(detail["msg"]) for detail in error.errors())
+            raise PydanticCustomError("argument", " or ".join(rules), context) from None
+    return checked
+
+
+def near_matches(word: str, known: Iterator[str] | Sequence[str] | Mapping[str, Any], count: int = 3) -> list[str]:
+    """Return up to ``count`` of the ``known`` words that look like ``word``, best first."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+
+
+TrainBlock = Annotated[dict[str, Any], AfterValidator(training_arguments)]
+
+
+def _without_repetition(value: list[T]) -> list[T]:
+    if len(set(value)) != len(value):
+        raise ValueError("must not repeat an entry")
+    return value
+
+
+Distinct = AfterValidator(_without_repetition)
+
+
 class Section(BaseModel):
     """A block of the configuration; unknown keys are errors."""
 
@@ -112,7 +173,7 @@ class TeacherConfig(Section):
 
     model: str
     tokenizer: str | None = Field(None, description="when it is not in the model's folder")
-    fine_tune: dict[str, Any] | None = Field(
+    fine_tune: TrainBlock | None = Field(
         None, description="TrainingArguments for fine-tuning it first; absent: it is fine-tuned already"
     )
     fine_tune_seed: int = 0
@@ -122,11 +183,6 @@ class TeacherConfig(Section):
     )
     batch_tokens: int = Field(2048, gt=0, description="padded tokens per batch of the labelling pass")
     logits_folder: str | None = Field(None, description="keep the recorded logits here, for other runs to reuse")
-
-    @field_validator("fine_tune")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if value is None else training_arguments(value)
 
 
 class StudentConfig(Section):
@@ -203,8 +259,8 @@ class BaseRun(Section):
 class RunConfig(BaseRun):
     """The recipe ``bilstm``."""
 
-    seeds: Annotated[OneOrMore[int], Field(min_length=1)] = [1]
-    arms: Annotated[OneOrMore[Arm], Field(min_length=1)] = list(ARMS)
+    seeds: Annotated[OneOrMore[int], Field(min_length=1), Distinct] = [1]
+    arms: Annotated[OneOrMore[Arm], Field(min_length=1), Distinct] = list(ARMS)
     data: DataConfig
     teacher: TeacherConfig
     student: StudentConfig = Field(default_factory=StudentConfig)
@@ -213,75 +269,15 @@ class RunConfig(BaseRun):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     metric: Literal["accuracy", "f1", "matthews"] = Field("accuracy", description="selects the best evaluation on dev")
     patience: int | None = Field(None, gt=0, description="stop after this many evaluations without a better one")
-    train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of the students")
+    train: TrainBlock = Field(default_factory=dict, description="TrainingArguments of the students")
     train_per_arm: dict[Arm, dict[str, Any]] = Field(
         default_factory=dict, description="TrainingArguments that differ for one arm, e.g. num_train_epochs"
     )
-
-    @field_validator("seeds", "arms")
-    @classmethod
-    def _distinct(cls, value: list[Any]) -> list[Any]:
-        if len(set(value)) != len(value):
-            raise ValueError("must not repeat an entry")
-        return value
-
-    @field_validator("train")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return training_arguments(value)
 
     @field_validator("train_per_arm")
     @classmethod
     def _known_arm_arguments(cls, value: dict[Arm, dict[str, Any]]) -> dict[Arm, dict[str, Any]]:
         return {arm: training_arguments(block, prefix=f"{arm}.") for arm, block in value.items()}
-
-
-@functools.cache
-def _argument_types() -> dict[str, TypeAdapter[Any]]:
-    from transformers import TrainingArguments
-
-    hints = get_type_hints(TrainingArguments)
-    fields = [field for field in dataclasses.fields(TrainingArguments) if field.init]
-    return {field.name: TypeAdapter(_plain(hints[field.name])) for field in fields}
-
-
-def _plain(hint: Any) -> Any:
-    # A strategy is typed "its enum or a string", and yaml can only say the string: one of the enum's values.
-    members = get_args(hint)
-    for member in members:
-        if isinstance(member, type) and issubclass(member, Enum):
-            choices: Any = Literal[tuple(choice.value for choice in member)]
-            return choices | None if type(None) in members else choices
-    return hint
-
-
-def training_arguments(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Check names and types of a ``TrainingArguments`` block and return it with its values converted.
-
-    Raises:
-        PydanticCustomError: an unknown name, a key that the run sets itself, or a value of the wrong type; its context
-            holds ``key``, ``value`` and, for unknown names, ``near``.
-    """
-    types = _argument_types()
-    checked: dict[str, Any] = {}
-    for name, value in block.items():
-        context = {"key": f"{prefix}{name}", "value": value, "near": [], "unknown": False}
-        if name in OWNED_BY_RUN:
-            raise PydanticCustomError("argument", f"is set by the run from {OWNED_BY_RUN[name]}", context)
-        if name not in types:
-            context |= {"near": near_matches(name, types), "unknown": True}
-            raise PydanticCustomError("argument", "is not a name of transformers.TrainingArguments", context)
-        try:
-            checked[name] = types[name].validate_python(value)
-        except ValidationError as error:
-            rules = dict.fromkeys(_lower_first(detail["msg"]) for detail in error.errors())
-            raise PydanticCustomError("argument", " or ".join(rules), context) from None
-    return checked
-
-
-def near_matches(word: str, known: Iterator[str] | Sequence[str] | Mapping[str, Any], count: int = 3) -> list[str]:
-    """Return up to ``count`` of the ``known`` words that look like ``word``, best first."""
-    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

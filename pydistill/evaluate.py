@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pydistill import _dispatch
-from pydistill.config import DataConfig, OneOrMore, Section, UserError, resolve_path, training_arguments
+from pydistill.config import DataConfig, Distinct, OneOrMore, Section, TrainBlock, UserError, resolve_path
 from pydistill.data.tasks import Task, load_task
 from pydistill.inference import ModelError, load_tokenizer, predict_logits
 from pydistill.metrics import classification_metrics, regression_metrics
@@ -59,31 +59,19 @@ class TaskSection(Section):
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "pearson_spearman"] = Field(
         "accuracy", description="the correlations take the labels as scores, and pearson_spearman is the mean of two"
     )
-    train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of this task alone")
-
-    @field_validator("train")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return training_arguments(value)
+    train: TrainBlock = Field(default_factory=dict, description="TrainingArguments of this task alone")
 
 
 class EvaluateConfig(Section):
     """What ``pydistill evaluate`` does."""
 
-    model: Annotated[OneOrMore[str], Field(min_length=1)]
+    model: Annotated[OneOrMore[str], Field(min_length=1), Distinct]
     tokenizer: str | None = Field(None, description="when it is not in the model's folder")
     tasks: Annotated[dict[str, TaskSection], Field(min_length=1)]
     output: str
-    seeds: OneOrMore[int] = Field([1, 2, 3], min_length=1)
+    seeds: Annotated[OneOrMore[int], Distinct] = Field([1, 2, 3], min_length=1)
     max_length: int = Field(128, gt=1, description="sub-word tokens kept per row, special tokens included")
-    train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of all tasks")
-
-    @field_validator("seeds", "model")
-    @classmethod
-    def _distinct(cls, value: list[Any]) -> list[Any]:
-        if len(set(value)) != len(value):
-            raise ValueError("must not repeat an entry")
-        return value
+    train: TrainBlock = Field(default_factory=dict, description="TrainingArguments of all tasks")
 
     @field_validator("tasks")
     @classmethod
@@ -92,11 +80,6 @@ class EvaluateConfig(Section):
             if not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"the name of a task must be letters, digits, _ and -, got {name!r}")
         return value
-
-    @field_validator("train")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return training_arguments(value)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -185,6 +185,51 @@ def draw_speeds(axis: Axes, models: Sequence[Mapping[str, Any]], colours: Sequen
     axis.set_title("sentences per second, log scale", loc="left", fontsize=10)
 
 
+def draw_falls(models: Sequence[Mapping[str, Any]], colours: Sequence[str], title: str) -> Figure:
+    """Draw how far the loss of each trained model fell (left) and what each costs (right).
+
+    Args:
+        models: with ``name``, ``layers`` and ``hidden_size``, what `draw_speeds` reads, and where there is a loss,
+            ``loss_before`` and ``loss_after``.
+        colours: of each.
+        title: of the losses.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.9 + 0.62 * len(models)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for place, (model, colour) in enumerate(zip(models, colours, strict=True)):
+        before, after = model.get("loss_before"), model.get("loss_after")
+        if before is None or after is None:
+            continue
+        arrow = {"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 5, "shrinkB": 5}
+        left.annotate("", (after, place), (before, place), arrowprops=arrow)
+        left.plot(before, place, "o", color="white", markeredgecolor=colour, markeredgewidth=1.5, markersize=8)
+        left.plot(after, place, "o", color=colour, markersize=8)
+        for value in (before, after):
+            left.annotate(f"{value:.3f}", (value, place), (0, 9), textcoords="offset points", ha="center")
+    names = [f"{model['name']}\n{model['layers']} x {model['hidden_size']}" for model in models]
+    left.set_yticks(range(len(models)), names)
+    left.set_ylim(len(models) - 0.5, -0.7)
+    measured = [value for model in models for key in ("loss_before", "loss_after") if (value := model.get(key))]
+    left.set_xlim(0, 1.15 * max(measured, default=1))
+    left.axvline(0, color=TEACHER_COLOUR, linewidth=0.8, linestyle=":")
+    left.tick_params(axis="y", length=0)
+    left.grid(axis="x", alpha=0.25)
+    left.set_title(title, loc="left", fontsize=10)
+    draw_speeds(right, models, colours)
+    right.set_title("texts per second, log scale", loc="left", fontsize=10)
+    return figure
+
+
+def draw_line(axis: Axes, curve: Sequence[Mapping[str, Any]], key: str, **options: Any) -> None:
+    """Draw what a training logged under ``key`` over its steps; a single value as a point, none as nothing."""
+    points = [(entry["step"], entry[key]) for entry in curve if key in entry]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, **{"lw": 1.5, "marker": "" if len(points) > 1 else "o"} | options)
+
+
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; }

@@ -36,8 +36,8 @@ class CorpusError(UserError):
     """A corpus cannot be read, or holds no text."""
 
 
-class CorpusSection(Section):
-    """The texts to distil on: any number of them, without labels; read as a stream, never whole."""
+class TextSource(Section):
+    """Where texts come from: any number of them, without labels; read as a stream, never whole."""
 
     files: OneOrMore[str] | None = Field(
         None,
@@ -45,6 +45,17 @@ class CorpusSection(Section):
     )
     dataset: str | None = Field(None, description="NAME[@CONFIG][:SPLIT] for datasets.load_dataset, instead of files")
     text_column: str = Field("text", description="of a dataset, or of files with columns")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TextSource:
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError("give either files or dataset")
+        return self
+
+
+class CorpusSection(TextSource):
+    """The texts to distil on, and how rows are made of them."""
+
     packing: Packing = Field(
         "truncate", description="one text per row, or as many as fit, kept apart by a block-diagonal attention mask"
     )
@@ -55,9 +66,7 @@ class CorpusSection(Section):
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> CorpusSection:
-        if (self.files is None) == (self.dataset is None):
-            raise ValueError("give either files or dataset")
+    def _some_to_train_on(self) -> CorpusSection:
         if self.held_out == 1:
             raise ValueError("held_out 1 would keep every text out of training; give 0 or at least 2")
         return self
@@ -99,7 +108,7 @@ def load_corpus(
     )
 
 
-def corpus_texts(section: CorpusSection) -> Iterable[str]:
+def corpus_texts(section: TextSource) -> Iterable[str]:
     """Return the texts that ``section`` describes, held out or not, in order, to be iterated any number of times.
 
     Raises:
@@ -111,7 +120,7 @@ def corpus_texts(section: CorpusSection) -> Iterable[str]:
 class _Texts:
     """The texts of files or of a data set, in order, without the blank ones; read anew by every iteration."""
 
-    def __init__(self, section: CorpusSection) -> None:
+    def __init__(self, section: TextSource) -> None:
         self.column = section.text_column
         if section.files is not None:
             paths = _expand(section.files)

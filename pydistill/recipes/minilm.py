@@ -8,7 +8,6 @@ run that was interrupted goes on where it stopped, in mid-pass over the corpus t
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -28,12 +27,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainingArguments,
 )
 
 from pydistill import AttentionRelation, _dispatch
-from pydistill.config import BaseRun, OneOrMore, Section, training_arguments
-from pydistill.data.corpus import Corpus, CorpusSection, PackedCollator, load_corpus
+from pydistill.config import OneOrMore, Section, TrainBlock
+from pydistill.data.corpus import Corpus, PackedCollator, load_corpus
 from pydistill.distiller import Distiller
 from pydistill.packing import check_packing, first_position
 from pydistill.plan import (
@@ -44,7 +42,6 @@ from pydistill.plan import (
     check_output,
     collect,
     duration,
-    length_limit,
     load_model_config,
     quiet,
     refused_arguments,
@@ -54,26 +51,36 @@ from pydistill.plan import (
 )
 from pydistill.recipes.costs import costs_of, how_speed_is_measured
 from pydistill.recipes.minilm_report import RELATIONS_FILE, page
+from pydistill.recipes.pretraining import (
+    ROWS_PER_BATCH,
+    TIMED_BATCHES,
+    TRAINING_FILE,
+    CorpusRun,
+    check_length,
+    check_same_corpus,
+    check_steps,
+    corpus_sources,
+    describe_block,
+    describe_machine,
+    describe_run,
+    describe_sizes,
+    fingerprint,
+    first_texts,
+    rows_until,
+    stream_arguments,
+)
 from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
 from pydistill.relations import relation_matrices, token_labels
 from pydistill.report import METRICS_FILE, REPORT_FILE, text_table, write_report, write_text
 from pydistill.students.encoder import make_student, smaller_config, spaced_layers
 from pydistill.teachers import OnlineTeacher
-from pydistill.trainer import TRAINER_STATE, DistillationCollator, DistillationTrainer
+from pydistill.trainer import DistillationCollator, DistillationTrainer
 
 STAGES = ("assistant", "student")
 OWN_PICTURES = ("comparison.png", "curves.png", "relations.png")
 OWN_ENTRIES = (*STAGES, WORK, METRICS_FILE, RELATIONS_FILE, REPORT_FILE, CONFIG_FILE, DATA_FILE, *OWN_PICTURES)
-TRAINING_FILE = "training.json"
-# How many of the first texts tell one corpus from another: a stream is not read to its end for that.
-FINGERPRINT_TEXTS = 256
-# Batches that the plan times, after one that warms up.
-TIMED_BATCHES = 2
-# Rows that the teacher and the new student see at a time where no batch size is configured.
-ROWS_PER_BATCH = 32
-# Texts that time a finished model, and their longest length: those of a corpus for 512 tokens would take minutes.
+# Texts that time a finished model.
 TIMED_TEXTS = {"teacher": 100, "assistant": 200, "student": 400}
-TIMED_LENGTH = 128
 # Tokens of the text whose relations are drawn: fewer show little, and more cannot be labelled.
 PICTURE_TOKENS = (10, 24)
 # Drawn where no text is held out: "it" may attend to the cat, the dog or the tree.
@@ -107,12 +114,7 @@ class EncoderSection(Section):
         None,
         description="the teacher's layers that the student's start from; absent: evenly spaced up to teacher.layer",
     )
-    train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of this stage alone")
-
-    @field_validator("train")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return training_arguments(value)
+    train: TrainBlock = Field(default_factory=dict, description="TrainingArguments of this stage alone")
 
 
 class ObjectiveSection(Section):
@@ -138,24 +140,15 @@ class PictureSection(Section):
     )
 
 
-class MiniLMConfig(BaseRun):
+class MiniLMConfig(CorpusRun):
     """The recipe ``minilm``."""
 
-    seed: int = 1
     teacher: TeacherSection
     assistant: EncoderSection | None = Field(None, description="learns from the teacher first, and teaches the student")
     student: EncoderSection = Field(default_factory=EncoderSection)
-    corpus: CorpusSection
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     sample_tokens: int = Field(8192, gt=0, description="tokens of the corpus that the initialisation svd looks at")
-    evaluation_texts: int = Field(256, gt=0, description="held-out texts that the loss is measured on")
     picture: PictureSection = Field(default_factory=PictureSection)
-    train: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of every stage")
-
-    @field_validator("train")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return training_arguments(value)
 
 
 @dataclass
@@ -182,31 +175,20 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
     """
     problems: list[str] = []
     output = Path(config.output).expanduser()
-    sources: dict[str, str | None] = {
-        "teacher.model": config.teacher.model,
-        "teacher.tokenizer": config.teacher.tokenizer,
-    }
-    sources |= {f"corpus.files ({name})": name for name in config.corpus.files or ()}
+    sources = {"teacher.model": config.teacher.model, "teacher.tokenizer": config.teacher.tokenizer}
+    sources |= corpus_sources(config)
     collect(problems, check_output, config, output, resume, overwrite, sources)
     blocks = {name: _block(config, name) for name in _stages(config)}
     problems += refused_arguments({f"train ({name})": block for name, block in blocks.items()})
-    problems += [
-        f"train.max_steps: the corpus is read as an endless stream: say how many steps the stage {name} takes"
-        for name, block in blocks.items()
-        if block.get("max_steps", -1) <= 0
-    ]
+    for name, block in blocks.items():
+        problems += check_steps(block, f"the stage {name}")
     teacher = collect(problems, resolve_model, config.teacher.model, "teacher.model")
     model_config = collect(problems, load_model_config, teacher) if teacher is not None else None
     tokenizer = None
     encoders: dict[str, PretrainedConfig] = {}
     if model_config is not None:
         tokenizer = collect(problems, teacher_tokenizer, config.teacher.tokenizer, teacher)
-        limit = length_limit(model_config, tokenizer)
-        if limit is not None and config.corpus.max_length > limit:
-            problems.append(
-                f"corpus.max_length: must be at most {limit}, the limit of {config.teacher.model}, got "
-                f"{config.corpus.max_length}"
-            )
+        problems += check_length(config, config.teacher.model, model_config, tokenizer)
         encoders, found = _encoders(config, model_config)
         problems += found
         heads = config.objective.relation_heads or model_config.num_attention_heads
@@ -217,9 +199,9 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
         ]
     texts = None
     if tokenizer is not None:
-        texts = collect(problems, _first_texts, config, tokenizer)
+        texts = collect(problems, first_texts, config.corpus, tokenizer)
         if texts is not None and resume:
-            collect(problems, _check_same_corpus, config, output, texts)
+            collect(problems, check_same_corpus, config.corpus, output, texts)
     if problems or teacher is None or model_config is None or tokenizer is None:
         raise PlanError("\n".join(problems))
 
@@ -288,45 +270,17 @@ def _depth(config: PretrainedConfig, layer: int) -> int:
     return (layer if layer >= 0 else config.num_hidden_layers + layer) + 1
 
 
-def _first_texts(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    if config.corpus.held_out:
-        load_corpus(config.corpus, tokenizer, part="held_out").first_texts(1)
-    return load_corpus(config.corpus, tokenizer).first_texts(FINGERPRINT_TEXTS)
-
-
-def _fingerprint(config: MiniLMConfig, texts: list[str]) -> str:
-    """A hash of the sources and of the first texts."""
-    return hashlib.sha256(
-        "\n".join([*(config.corpus.files or ()), *texts]).encode("utf-8", "surrogatepass")
-    ).hexdigest()
-
-
-def _check_same_corpus(config: MiniLMConfig, output: Path, texts: list[str]) -> None:
-    recorded = output / DATA_FILE
-    if recorded.is_file() and recorded.read_text(encoding="utf-8") != _fingerprint(config, texts):
-        raise PlanError(
-            f"output: the corpus has changed since the run in {output} was started; choose another folder, or "
-            "--overwrite"
-        )
-
-
 def _describe(result: MiniLMPlan, teacher: PretrainedConfig) -> None:
     config = result.config
-    result.add("run", "recipe", config.recipe)
-    result.add("run", "output", f"{result.output}{' (continued)' if result.resume and result.output.exists() else ''}")
-    corpus = config.corpus
-    result.add("corpus", "texts", corpus.dataset or ", ".join(corpus.files or ()))
-    kept = f"; every {corpus.held_out}th text held out" if corpus.held_out else ""
-    result.add("corpus", "rows", f"{corpus.packing}, at most {corpus.max_length} tokens{kept}")
+    describe_run(result, config.corpus)
     result.add("teacher", "model", config.teacher.model)
-    result.add("teacher", "sizes", _sizes(teacher))
+    result.add("teacher", "sizes", describe_sizes(teacher))
     result.add("teacher", "layer", f"{_depth(teacher, config.teacher.layer)} of {teacher.num_hidden_layers}")
     result.add("teacher", "arithmetic", str(result.dtype).removeprefix("torch."))
     for stage, made in result.encoders.items():
-        result.add(stage, "sizes", _sizes(made))
+        result.add(stage, "sizes", describe_sizes(made))
         result.add(stage, "initialization", getattr(config, stage).initialization)
-        block = _block(config, stage)
-        result.add(stage, "training", ", ".join(f"{name} {value}" for name, value in block.items()))
+        result.add(stage, "training", describe_block(_block(config, stage)))
     student = result.encoders["student"]
     halved = (
         2 * student.num_hidden_layers <= teacher.num_hidden_layers and 2 * student.hidden_size <= teacher.hidden_size
@@ -341,14 +295,7 @@ def _describe(result: MiniLMPlan, teacher: PretrainedConfig) -> None:
     term = config.objective
     heads = "the attention heads" if term.relation_heads is None else f"{term.relation_heads} relation heads"
     result.add("loss", "relations", f"{', '.join(term.relations)}; {heads}; student layer {term.student_layer}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads")
-    chosen = _dispatch.resolve("attention_relation", torch.device(device))
-    result.add("machine", "kernel", f"{chosen}: {_dispatch.BACKENDS['attention_relation'][chosen].reason}")
-
-
-def _sizes(config: PretrainedConfig) -> str:
-    return f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
+    describe_machine(result, "attention_relation")
 
 
 def _dry_run(result: MiniLMPlan) -> None:
@@ -394,7 +341,7 @@ def run(plan: MiniLMPlan) -> dict[str, Any]:
 def _run(plan: MiniLMPlan) -> dict[str, Any]:
     config = plan.config
     open_output(plan, OWN_ENTRIES)
-    write_text(plan.output / DATA_FILE, _fingerprint(config, _first_texts(config, plan.tokenizer)))
+    write_text(plan.output / DATA_FILE, fingerprint(config.corpus, first_texts(config.corpus, plan.tokenizer)))
     stages = Stages(plan.output)
     source, layer, named = plan.teacher, config.teacher.layer, config.teacher.model
     models: list[dict[str, Any]] = []
@@ -416,7 +363,7 @@ def _run(plan: MiniLMPlan) -> dict[str, Any]:
         "models": compared,
         "stages": stages.done,
         "measured": (
-            f"{how_speed_is_measured()} Texts of at most {_timed_length(config)} tokens. "
+            f"{how_speed_is_measured()} Texts of at most {config.timed_length} tokens. "
             "Without embeddings: everything but the embedding tables."
         ),
         "environment": _dispatch.environment(),
@@ -452,7 +399,7 @@ def _compare(plan: MiniLMPlan, trained: Sequence[Mapping[str, Any]]) -> tuple[li
             "hidden_size": model.config.hidden_size,
             "heads": model.config.num_attention_heads,
         }
-        costs = costs_of(model, plan.tokenizer, Path(source), rows, _timed_length(config), TIMED_TEXTS[name])
+        costs = costs_of(model, plan.tokenizer, Path(source), rows, config.timed_length, TIMED_TEXTS[name])
         return {"name": name} | sizes | costs
 
     truth = relations(teacher, teacher_layer)
@@ -527,10 +474,6 @@ def _picture_text(
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}, tokens
 
 
-def _timed_length(config: MiniLMConfig) -> int:
-    return min(config.corpus.max_length, TIMED_LENGTH)
-
-
 def _count_evaluation_rows(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     rows = _evaluation_rows(config, tokenizer)
     return 0 if rows is None else len(rows)
@@ -544,7 +487,7 @@ def _held_out_loss(plan: MiniLMPlan, student: PreTrainedModel, teacher: PreTrain
         return None
     trainer = DistillationTrainer(
         Distiller(student, OnlineTeacher(teacher), _term(config, config.teacher.layer)),
-        _arguments(_block(config, "student") | {"eval_strategy": "no"}, plan.output / WORK, config.seed),
+        stream_arguments(_block(config, "student") | {"eval_strategy": "no"}, plan.output / WORK, config.seed),
         eval_dataset=rows,
         processing_class=plan.tokenizer,
         data_collator=_collator(config, plan.tokenizer, student),
@@ -559,10 +502,10 @@ def _distil(plan: MiniLMPlan, stage: str, source: str, layer: int, folder: Path,
     teacher = AutoModel.from_pretrained(source, dtype=torch.float32)
     stream = load_corpus(config.corpus, plan.tokenizer, seed=config.seed)
     student = _new_student(plan, section, stage, teacher, layer, stream)
-    arguments = _arguments(_block(config, stage), scratch, config.seed)
+    arguments = stream_arguments(_block(config, stage), scratch, config.seed)
     checkpoint = checkpoint_in(scratch)
     if checkpoint is not None:
-        stream = stream.seen(_rows_until(Path(checkpoint), arguments))
+        stream = stream.seen(rows_until(checkpoint, arguments))
     evaluation = _evaluation_rows(config, plan.tokenizer)
     if evaluation is None:
         arguments.eval_strategy = "no"
@@ -646,26 +589,3 @@ def _evaluation_rows(config: MiniLMConfig, tokenizer: PreTrainedTokenizerBase) -
         return None
     held_out = load_corpus(config.corpus, tokenizer, part="held_out")
     return Dataset.from_list(list(itertools.islice(held_out, config.evaluation_texts)))
-
-
-def _arguments(block: Mapping[str, Any], scratch: Path, seed: int) -> TrainingArguments:
-    """``TrainingArguments`` of the configuration, with what a run needs where the configuration is silent."""
-    defaults: dict[str, Any] = {
-        "save_total_limit": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        # The rows of packed batches differ in length: each process takes its own from the stream.
-        "accelerator_config": {"dispatch_batches": False},
-    }
-    return TrainingArguments(
-        output_dir=str(scratch), seed=seed, data_seed=seed, remove_unused_columns=False, **defaults | dict(block)
-    )
-
-
-def _rows_until(checkpoint: Path, arguments: TrainingArguments) -> int:
-    """How many rows of the stream the trainer is about to skip."""
-    steps = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
-    batches = steps * arguments.gradient_accumulation_steps * arguments.world_size
-    return batches * arguments.per_device_train_batch_size

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydistill.report import COSTS, TEACHER_COLOUR, Page, Picture, cost_cells, draw_speeds
+from pydistill.report import COSTS, TEACHER_COLOUR, Page, Picture, cost_cells, draw_falls, draw_line
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # What the relations picture is drawn from, beside metrics.json.
@@ -118,34 +117,9 @@ def _every_stage(results: dict[str, Any]) -> list[list[str]]:
 
 def draw_comparison(results: dict[str, Any]) -> Figure:
     """Draw how far each student's held-out loss fell (left) and what it costs beside its teacher (right)."""
-    from matplotlib.figure import Figure
-
     models = results["models"]
     colours = [COLOURS[model["name"]] for model in models]
-    figure = Figure(figsize=(10, 0.9 + 0.62 * len(models)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for place, (model, colour) in enumerate(zip(models, colours, strict=True)):
-        before, after = model.get("loss_before"), model.get("loss_after")
-        if before is None or after is None:
-            continue
-        arrow = {"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 5, "shrinkB": 5}
-        left.annotate("", (after, place), (before, place), arrowprops=arrow)
-        left.plot(before, place, "o", color="white", markeredgecolor=colour, markeredgewidth=1.5, markersize=8)
-        left.plot(after, place, "o", color=colour, markersize=8)
-        for value in (before, after):
-            left.annotate(f"{value:.3f}", (value, place), (0, 9), textcoords="offset points", ha="center")
-    names = [f"{model['name']}\n{model['layers']} x {model['hidden_size']}" for model in models]
-    left.set_yticks(range(len(models)), names)
-    left.set_ylim(len(models) - 0.5, -0.7)
-    measured = [value for model in models for key in ("loss_before", "loss_after") if (value := model.get(key))]
-    left.set_xlim(0, 1.15 * max(measured, default=1))
-    left.axvline(0, color=TEACHER_COLOUR, linewidth=0.8, linestyle=":")
-    left.tick_params(axis="y", length=0)
-    left.grid(axis="x", alpha=0.25)
-    left.set_title("held-out loss, before and after its training", loc="left", fontsize=10)
-    draw_speeds(right, models, colours)
-    right.set_title("texts per second, log scale", loc="left", fontsize=10)
-    return figure
+    return draw_falls(models, colours, "held-out loss, before and after its training")
 
 
 def draw_curves(results: dict[str, Any]) -> Figure:
@@ -158,8 +132,8 @@ def draw_curves(results: dict[str, Any]) -> Figure:
         colour = COLOURS[model["name"]]
         parts = list(dict.fromkeys(key for entry in model["curve"] for key in entry if key.startswith(PART)))
         for key, shade in zip(parts, RELATION_COLOURS, strict=False):
-            _line(left, model["curve"], key, color=shade, label=_name(key.removeprefix(PART)))
-        _line(left, model["curve"], "loss", color=colour, label="the loss", lw=2)
+            draw_line(left, model["curve"], key, color=shade, label=_name(key.removeprefix(PART)))
+        draw_line(left, model["curve"], "loss", color=colour, label="the loss", lw=2)
         left.set_title(f"{model['name']}: training loss, log scale", loc="left", fontsize=10)
         held_out = [entry for entry in model["curve"] if "eval_loss" in entry]
         if model["loss_before"] is not None:
@@ -169,7 +143,7 @@ def draw_curves(results: dict[str, Any]) -> Figure:
                 *(entry for entry in held_out if 0 < entry["step"] < model["steps"]),
                 last,
             ]
-        _line(right, held_out, "eval_loss", color=colour, marker="o")
+        draw_line(right, held_out, "eval_loss", color=colour, marker="o")
         right.set_title(f"{model['name']}: held-out loss, log scale", loc="left", fontsize=10)
         for axis in (left, right):
             axis.set_yscale("log")
@@ -183,13 +157,6 @@ def draw_curves(results: dict[str, Any]) -> Figure:
         if left.lines:  # a run shorter than one logging window has none
             left.legend(frameon=False, fontsize=9)
     return figure
-
-
-def _line(axis: Axes, curve: Sequence[Mapping[str, Any]], key: str, **options: Any) -> None:
-    points = [(entry["step"], entry[key]) for entry in curve if key in entry]
-    if points:
-        steps, values = zip(*points, strict=True)
-        axis.plot(steps, values, **{"lw": 1.5, "marker": "" if len(points) > 1 else "o"} | options)
 
 
 def _name(relation: str) -> str:
