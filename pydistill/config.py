@@ -394,7 +394,10 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 # The recipes whose configuration is not RunConfig, and where theirs is; imported when it is needed.
-SCHEMAS = {"minilm": "pydistill.recipes.minilm:MiniLMConfig"}
+SCHEMAS = {
+    "minilm": "pydistill.recipes.minilm:MiniLMConfig",
+    "shared-projections": "pydistill.recipes.shared_projections:SharedProjectionsConfig",
+}
 
 
 def schema_of(recipe: Any) -> type[BaseRun]:

@@ -142,7 +142,10 @@ def test_folder_without_metrics_is_refused(tmp_path: Path, content: str | None) 
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"recipe": "other"}, "is a run of 'other', and only those of bilstm, minilm have a report"),
+        (
+            {"recipe": "other"},
+            "is a run of 'other', and only those of bilstm, minilm, shared-projections have a report",
+        ),
         ({"task": {}}, "lacks what the report of bilstm shows (KeyError: 'train'); continue the run with this version"),
         ({"models": []}, "lacks what the report of bilstm shows"),
     ],

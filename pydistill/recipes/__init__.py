@@ -12,11 +12,23 @@ from pydistill.config import RECIPES_FOLDER, BaseRun, ConfigError, find_recipe, 
 from pydistill.report import Page, ReportError, write_report
 
 # recipe key of a yaml file -> module with run(plan) -> results
-MODULES = {"bilstm": "pydistill.recipes.bilstm", "minilm": "pydistill.recipes.minilm"}
+MODULES = {
+    "bilstm": "pydistill.recipes.bilstm",
+    "minilm": "pydistill.recipes.minilm",
+    "shared-projections": "pydistill.recipes.shared_projections",
+}
 # and where plan(config, resume=, overwrite=, dry_run=) is
-PLANNERS = {"bilstm": "pydistill.plan:plan_bilstm", "minilm": "pydistill.recipes.minilm:plan_minilm"}
+PLANNERS = {
+    "bilstm": "pydistill.plan:plan_bilstm",
+    "minilm": "pydistill.recipes.minilm:plan_minilm",
+    "shared-projections": "pydistill.recipes.shared_projections:plan_shared_projections",
+}
 # and where page(folder, results) is: what the report shows
-PAGES = {"bilstm": "pydistill.recipes.bilstm_report:page", "minilm": "pydistill.recipes.minilm_report:page"}
+PAGES = {
+    "bilstm": "pydistill.recipes.bilstm_report:page",
+    "minilm": "pydistill.recipes.minilm_report:page",
+    "shared-projections": "pydistill.recipes.shared_projections_report:page",
+}
 
 
 def available() -> dict[str, str]:

@@ -66,6 +66,7 @@ from pydistill.recipes.pretraining import (
     describe_sizes,
     fingerprint,
     first_texts,
+    first_tokens,
     rows_until,
     stream_arguments,
 )
@@ -147,7 +148,6 @@ class MiniLMConfig(CorpusRun):
     assistant: EncoderSection | None = Field(None, description="learns from the teacher first, and teaches the student")
     student: EncoderSection = Field(default_factory=EncoderSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
-    sample_tokens: int = Field(8192, gt=0, description="tokens of the corpus that the initialisation svd looks at")
     picture: PictureSection = Field(default_factory=PictureSection)
 
 
@@ -549,7 +549,9 @@ def _new_student(
     if section.initialization != "random" and layers is None:
         layers = spaced_layers(_depth(teacher.config, layer), made.num_hidden_layers)
     if section.initialization == "svd":
-        sample = _sample(plan, stream)
+        # No text has fewer than two tokens.
+        texts = stream.first_texts(plan.config.sample_tokens // 2)
+        sample = first_tokens(texts, plan.tokenizer, plan.config.sample_tokens, plan.config.corpus.max_length)
     try:
         return make_student(
             teacher,
@@ -561,17 +563,6 @@ def _new_student(
         )
     except ValueError as error:
         raise PlanError(f"{stage}.initialization: {error}") from None
-
-
-def _sample(plan: MiniLMPlan, stream: Corpus) -> dict[str, Tensor]:
-    """As many of the first texts as have ``sample_tokens`` tokens, in one batch."""
-    config = plan.config
-    # No text has fewer than two tokens.
-    texts = stream.first_texts(config.sample_tokens // 2)
-    rows = plan.tokenizer(texts, truncation=True, max_length=config.corpus.max_length)["input_ids"]
-    reached = itertools.accumulate(map(len, rows))
-    count = 1 + sum(1 for total in reached if total < config.sample_tokens)
-    return dict(plan.tokenizer.pad({"input_ids": rows[:count]}, return_tensors="pt"))
 
 
 def _term(config: MiniLMConfig, teacher_layer: int) -> AttentionRelation:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from pydistill import _dispatch
@@ -36,6 +38,7 @@ class CorpusRun(BaseRun):
 
     seed: int = 1
     corpus: CorpusSection
+    sample_tokens: int = Field(8192, gt=0, description="tokens of the corpus that the initialisation svd looks at")
     evaluation_texts: int = Field(256, gt=0, description="texts, at most, that losses are measured on")
     train: TrainBlock = Field(default_factory=dict, description="TrainingArguments of every training")
 
@@ -74,6 +77,16 @@ def first_texts(corpus: CorpusSection, tokenizer: PreTrainedTokenizerBase) -> li
     if corpus.held_out:
         load_corpus(corpus, tokenizer, part="held_out").first_texts(1)
     return load_corpus(corpus, tokenizer).first_texts(FINGERPRINT_TEXTS)
+
+
+def first_tokens(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int, max_length: int
+) -> dict[str, Tensor]:
+    """Return as many of the first ``texts`` as have ``count`` tokens, in one batch."""
+    rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    reached = itertools.accumulate(map(len, rows))
+    needed = 1 + sum(1 for total in reached if total < count)
+    return dict(tokenizer.pad({"input_ids": rows[:needed]}, return_tensors="pt"))
 
 
 def fingerprint(corpus: CorpusSection, texts: Sequence[str]) -> str:
@@ -116,7 +129,8 @@ def describe_sizes(config: PretrainedConfig) -> str:
 
 def describe_block(block: Mapping[str, Any]) -> str:
     """Say what ``TrainingArguments`` a training has."""
-    return ", ".join(f"{name} {value}" for name, value in block.items())
+    values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in block.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def stream_arguments(block: Mapping[str, Any], scratch: Path, seed: int) -> TrainingArguments:

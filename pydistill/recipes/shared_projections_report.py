@@ -1,21 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report of a ``shared-projections`` run shows."""
+"""What the report of a ``shared-projections`` run shows: its table, the losses, and how a sentence is cut."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydistill.report import TEACHER_COLOUR
+from pydistill.report import COSTS, TEACHER_COLOUR, Page, Picture, cost_cells, draw_falls, draw_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# What the picture of a sentence is drawn from, beside metrics.json.
+SEGMENTATION_FILE = "segmentation.json"
+ARM_COLOURS = {"no_kd": "#CC79A7", "dual": "#E69F00", "down": "#0072B2", "up": "#009E73"}
+PARTS = {
+    "student": "student: masked pieces",
+    "teacher": "teacher: masked pieces",
+    "projection": "projection, unweighted",
+}
 # Of the pieces of either vocabulary: edge and text, fill.
 VOCABULARY_COLOURS = {"teacher": (TEACHER_COLOUR, "#EEEEEE"), "student": ("#0072B2", "#DCEBF5")}
 # Letters of a fixed-width font in one line of the picture, and what a box has around its letters.
 LINE, MARGIN = 88.0, 1.4
 SIDES = ("teacher", "student")
+
+
+def page(folder: Path, results: dict[str, Any]) -> Page:
+    """Return what the page of the run in ``folder`` holds."""
+    models = results["models"]
+    colours = [TEACHER_COLOUR, *(ARM_COLOURS[model["name"]] for model in models[1:])]
+    pictures = [
+        Picture(
+            "comparison.png",
+            "Comparison",
+            lambda: draw_falls(models, colours, "loss of the masked pieces, before and after the training"),
+        ),
+        Picture("curves.png", "Training", lambda: draw_curves(models[1:])),
+    ]
+    source = folder / SEGMENTATION_FILE
+    if source.is_file():
+        shown = json.loads(source.read_text(encoding="utf-8"))
+        pictures.append(
+            Picture(
+                "segmentation.png",
+                "One sentence",
+                lambda: draw_segmentation(shown),
+                "How it is cut and masked; the draw is another one in every pass. Another sentence: the same command "
+                'with --resume --picture.sentence "...".',
+            )
+        )
+    best = min(models[1:], key=lambda model: model["loss_after"])
+    return Page(
+        lead=_lead(results),
+        table=table(results),
+        measured=results["measured"],
+        pictures=pictures,
+        next_step=(
+            "pydistill evaluate --tasks.mine.data.train YOUR.tsv --tasks.mine.data.text_columns sentence "
+            f"--model {folder / 'students' / best['name']} --output {folder / 'evaluation'}"
+        ),
+        details={"every arm": _every_arm(models[1:])},
+    )
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """Return the header and one row per model of the table that a run prints."""
+    teacher = results["models"][0]
+    rows = [["model", "layers x hidden", "pieces", "loss before", "after", *COSTS, "texts/s", "smaller", "faster"]]
+    for model in results["models"]:
+        losses = [f"{model[key]:.3f}" if key in model else "" for key in ("loss_before", "loss_after")]
+        sizes = [f"{model['layers']} x {model['hidden_size']}", f"{model['vocabulary']:,}"]
+        rows.append([model["name"], *sizes, *losses, *cost_cells(model, teacher)])
+    return rows
+
+
+def _lead(results: dict[str, Any]) -> str:
+    ranked = sorted(results["models"][1:], key=lambda model: model["loss_after"])
+    losses = ", ".join(f"{model['name']} {model['loss_after']:.3f}" for model in ranked)
+    return (
+        f"Loss per masked piece of the student on {results['evaluation_texts']:,} texts, lowest first: {losses}. "
+        "no_kd trains alone; dual shares the tables of pieces with its teacher by a projection; down and up project "
+        "every layer."
+    )
+
+
+def _every_arm(trained: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [["arm", "steps", "seconds", *(f"{PARTS[part]}, {when}" for part in PARTS for when in ("before", "after"))]]
+    for model in trained:
+        losses = [
+            f"{model[f'parts_{when}'][part]:.3f}" if part in model["parts_after"] else ""
+            for part in PARTS
+            for when in ("before", "after")
+        ]
+        rows.append([model["name"], f"{model['steps']:,}", f"{model['seconds']:.0f}", *losses])
+    return rows
+
+
+def draw_curves(trained: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw each part of the training loss over the steps, a line for each arm that has it."""
+    from matplotlib.figure import Figure
+
+    parts = [part for part in PARTS if any(part in model["parts_after"] for model in trained)]
+    figure = Figure(figsize=(10, 3.7), layout="constrained")
+    for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        for model in trained:
+            draw_line(axis, model["curve"], f"loss_{part}", color=ARM_COLOURS[model["name"]], label=model["name"])
+        axis.set_title(PARTS[part], loc="left", fontsize=10)
+        if part == "projection":
+            axis.set_yscale("log")
+            axis.set_title(f"{PARTS[part]}, log scale", loc="left", fontsize=10)
+        axis.set_xlabel("optimizer steps")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.25, which="both")
+        if axis.lines:  # a run shorter than one logging window has none
+            axis.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def draw_segmentation(shown: Mapping[str, Any]) -> Figure:
