@@ -256,6 +256,49 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(options: dict[str, Any], name
         torch.testing.assert_close(output.parts["teacher"], expected)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_both_predict_the_next_sentence(alone: bool) -> None:
+    teacher = teacher_of()
+    step = DualTraining(student_of(teacher), None if alone else teacher, next_sentence=True)
+    cut = Segmenter(teacher_tokenizer(), student_tokenizer(), max_length=32)
+    rows = [{"text": text, "index": index} for index, text in enumerate([*SENTENCES, "alone"])]
+    inputs = MixedVocabularyCollator(cut, next_sentence=True)(rows)
+    kinds = inputs["next_sentence"]
+    assert set(kinds.tolist()) == {0, 1, IGNORED}
+    output = step(**inputs)
+    parts = output.parts
+    assert parts is not None
+    sides = ["student"] if alone else ["student", "teacher"]
+    assert list(parts) == list(step.objective.names) == [*sides, *(f"{side}_next" for side in sides)]
+    torch.testing.assert_close(output.loss.detach(), sum(parts.values()))
+    assert step.objective.count_items(inputs)[-1] == len(SENTENCES)
+
+    types = {"attention_mask": inputs["attention_mask"], "token_type_ids": inputs["token_type_ids"]}
+    hidden = {"student": step.student(inputs["input_ids"], **types).last_hidden_state}
+    if not alone:
+        hidden["teacher"] = teacher(
+            *(inputs[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "vocabulary", "token_type_ids"))
+        )[-1]
+        # The types are read.
+        blind = teacher(*(inputs[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "vocabulary")))[-1]
+        assert not torch.allclose(hidden["teacher"], blind)
+    for side, states in hidden.items():
+        head: Any = step.objective.next_sentence_heads[side]
+        logits = head.classes(torch.tanh(head.dense(states[:, 0])))
+        torch.testing.assert_close(parts[f"{side}_next"], F.cross_entropy(logits, kinds).detach())
+    output.loss.backward()
+    assert all(value.grad is not None for value in step.objective.next_sentence_heads.parameters())
+
+
+def test_next_sentences_need_token_types() -> None:
+    config = DistilBertConfig(
+        vocab_size=TEACHER, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=64
+    )
+    teacher = teacher_of(AutoModel.from_config(config))
+    with pytest.raises(ValueError, match="next_sentence: distilbert does not tell two texts of a row apart"):
+        DualTraining(student_of(teacher), teacher, next_sentence=True)
+
+
 def test_matched_parameters_are_everything_but_poolers_heads_and_the_teachers_own_table() -> None:
     step = dual(direction="down")
     teacher = step.objective.teacher

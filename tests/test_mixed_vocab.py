@@ -298,3 +298,73 @@ def test_what_is_refused() -> None:
         with pytest.raises(VocabularyError, match="a ramp needs both end and rows"):
             Mixing(*given)
     assert train_vocabulary(SENTENCES, teacher, size=90, min_frequency=1).get_vocab() == student.get_vocab()
+
+
+# ------------------------------------------------------------------------- pairs
+
+
+def test_a_pair_is_two_texts_with_one_count_of_words() -> None:
+    cut = segmenter(masking=0.3, mixing=0.5)
+    first, second = "The winter was long", "and the keeper was content"
+    for side in cut(first, second, index=3):
+        ends = np.flatnonzero(side.word_ids == NO_WORD)
+        assert len(ends) == 3 and ends[0] == 0 and ends[-1] == len(side.input_ids) - 1
+        assert np.array_equal(side.token_type_ids, (np.arange(len(side.input_ids)) > ends[1]).astype(int))
+        words = side.word_ids[side.word_ids != NO_WORD]
+        assert sorted(set(words.tolist())) == list(range(9)) and (np.diff(words) >= 0).all()
+        assert set(side.word_ids[: ends[1]].tolist()) == {NO_WORD, 0, 1, 2, 3}
+        assert (side.labels[ends] == IGNORED).all()
+        # A word is masked whole or not at all.
+        for word in range(9):
+            assert len(set((side.labels[side.word_ids == word] != IGNORED).tolist())) == 1
+    single = cut(f"{first} {second}", index=3)
+    for pair, alone in zip(cut(first, second, index=3), single, strict=True):
+        inside, within = pair.word_ids != NO_WORD, alone.word_ids != NO_WORD
+        # The same draws as for one text: whatever is masked, and which vocabulary cuts a word.
+        for name in ("pieces", "labels", "vocabulary", "word_ids", "input_ids"):
+            assert np.array_equal(getattr(pair, name)[inside], getattr(alone, name)[within]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ((3, 3), (3, 3)),
+        ((20, 3), (10, 3)),
+        ((3, 20), (3, 10)),
+        ((20, 20), (6, 7)),
+        ((0, 20), (0, 13)),
+        ((20, 0), (13, 0)),
+    ],
+)
+def test_what_is_too_long_leaves_room_for_both(words: tuple[int, int], kept: tuple[int, int]) -> None:
+    # One piece each, in either vocabulary: 16 - 3 of them have room.
+    for side in segmenter(max_length=16)(*(" ".join(["the"] * count) for count in words)):
+        inside = side.word_ids != NO_WORD
+        first = side.token_type_ids == 0
+        assert (int((inside & first).sum()), int((inside & ~first).sum())) == kept
+        assert len(side.input_ids) == sum(kept) + 3
+
+
+def test_half_of_the_pairs_are_of_two_texts() -> None:
+    texts = [f"the {' '.join(['machine'] * number)} and {' '.join(['keeper'] * number)}" for number in range(1, 41)]
+    rows = [{"text": text, "index": index} for index, text in enumerate(texts)] + [{"text": "winter", "index": 40}]
+    cut = segmenter(max_length=128, masking=0.0)
+    batch = MixedVocabularyCollator(cut, next_sentence=True)(rows)
+    kinds = batch["next_sentence"].tolist()
+    assert set(kinds[:-1]) == {0, 1} and 10 < sum(kinds[:-1]) < 30 and kinds[-1] == IGNORED
+    halves = [text.split(" ") for text in texts]
+    for place, kind in enumerate(kinds[:-2]):
+        own, other = halves[place], halves[place + 1]
+        second = (other if kind else own)[len(other if kind else own) // 2 :]
+        first = own[: len(own) // 2]
+        expected = cut(" ".join(first), " ".join(second), index=place)[STUDENT]
+        length = len(expected.input_ids)
+        assert np.array_equal(batch["input_ids"][place, :length], expected.input_ids)
+        assert np.array_equal(batch["token_type_ids"][place, :length], expected.token_type_ids)
+        assert not batch["token_type_ids"][place, length:].any()
+    assert batch["teacher_token_type_ids"].shape == batch["teacher_input_ids"].shape
+    # The draw is the text's own, another one in every pass.
+    again = MixedVocabularyCollator(cut, next_sentence=True)([row | {"pass": 1} for row in rows])["next_sentence"]
+    assert again.tolist() != kinds
+    # Nothing to exchange with.
+    assert MixedVocabularyCollator(cut, next_sentence=True)(rows[:1] * 1)["next_sentence"].tolist() == [0]

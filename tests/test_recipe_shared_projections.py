@@ -219,8 +219,10 @@ def test_a_student_may_start_from_its_teacher(shared: Path, tmp_path: Path) -> N
 def test_a_report_is_drawn_again_with_another_sentence(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {"train__max_steps": 5, "arms": ["no_kd", "down"]}
-    start(shared, tmp_path / "run", **keys)
+    keys = {"train__max_steps": 5, "arms": ["no_kd", "down"], "objective__next_sentence": True}
+    results = start(shared, tmp_path / "run", **keys)
+    parts = ["student", "teacher", "projection", "student_next", "teacher_next"]
+    assert [list(model["parts_after"]) for model in results["models"][1:]] == [["student", "student_next"], parts]
     first = json.loads((tmp_path / "run" / "segmentation.json").read_text())
     assert first["sentence"] == "I like machine learning"
     capsys.readouterr()

@@ -70,12 +70,14 @@ class Side(NamedTuple):
         word_ids: which word of the text a piece belongs to, the same number on both sides; `NO_WORD` for [CLS] and
             [SEP].
         vocabulary: `TEACHER` or `STUDENT`, whose ids these are. [CLS] and [SEP] are the reading model's own.
+        token_type_ids: 1 in the second text of a pair, 0 elsewhere.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     word_ids: np.ndarray
     vocabulary: np.ndarray
+    token_type_ids: np.ndarray
 
     @property
     def pieces(self) -> np.ndarray:
@@ -163,16 +165,20 @@ class Segmenter:
             for word in split_words(self._backend, chunk)
         ]
 
-    def __call__(self, text: str, *, index: int = 0, number: int = 0, position: int = 0) -> tuple[Side, Side]:
-        """Return the teacher's and the student's row of a text.
+    def __call__(
+        self, text: str, second: str | None = None, *, index: int = 0, number: int = 0, position: int = 0
+    ) -> tuple[Side, Side]:
+        """Return the teacher's and the student's row of a text, or of a pair: [CLS] text [SEP] second [SEP].
 
         Args:
             text: may be empty.
+            second: of a pair. Of what is too long, the first text keeps half of the room, and what the second leaves.
             index: of the text in the corpus.
             number: of the pass over the corpus.
             position: rows before this one, which `Mixing` counts.
         """
-        words = self.words(text)[: self.max_length - 2]
+        parts = [self.words(one)[: self.max_length - 2] for one in (text, second) if one is not None]
+        words = [word for part in parts for word in part]
         generator = np.random.default_rng((self.seed, number, index))
         # Row by row: which vocabulary; the student's mask, the teacher's mask.
         draws = generator.random((3, len(words)))
@@ -182,12 +188,25 @@ class Segmenter:
             [word[STUDENT] for word in words],
         ]
         lengths = np.array([[len(pieces) for pieces in row] for row in rows], dtype=np.int64)
-        kept = int((lengths.cumsum(1).max(0) <= self.max_length - 2).sum())
-        masked = draws[1:, :kept] < self.masking
+        kept = self._fitting(lengths, [len(part) for part in parts])
+        masked = draws[1:] < self.masking
         # The student's draws come first: they do not depend on how the teacher's row was mixed.
-        student = self._side(STUDENT, rows[1][:kept], lengths[1, :kept], np.ones(kept, int), masked[0], generator)
-        teacher = self._side(TEACHER, rows[0][:kept], lengths[0, :kept], mixed[:kept].astype(int), masked[1], generator)
+        of_student = np.ones(len(words), dtype=np.int64)
+        student = self._side(STUDENT, rows[1], lengths[1], of_student, masked[0], kept, generator)
+        teacher = self._side(TEACHER, rows[0], lengths[0], mixed.astype(int), masked[1], kept, generator)
         return teacher, student
+
+    def _fitting(self, lengths: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+        """Return the numbers of the words that are kept of each text: those before the first that has no room."""
+        room = self.max_length - 1 - len(counts)
+        first = lengths[:, : counts[0]].cumsum(1).max(0)
+        if len(counts) == 1:
+            return [np.arange((first <= room).sum())]
+        second = lengths[:, counts[0] :].cumsum(1).max(0)
+        taken = second[-1] if len(second) else 0
+        kept = int((first <= max(room // 2, room - taken)).sum())
+        taken = first[kept - 1] if kept else 0
+        return [np.arange(kept), counts[0] + np.arange((second <= room - taken).sum())]
 
     def _side(
         self,
@@ -196,18 +215,30 @@ class Segmenter:
         lengths: np.ndarray,  # [W]
         vocabulary: np.ndarray,  # [W]
         masked: np.ndarray,  # [W]
+        kept: Sequence[np.ndarray],  # numbers of words, of each text
         generator: np.random.Generator,
     ) -> Side:
-        count = int(lengths.sum()) + 2
-        ids = np.empty(count, dtype=np.int64)
-        ids[0], ids[-1] = self._cls[reader], self._sep[reader]
-        ids[1:-1] = np.fromiter(itertools.chain.from_iterable(words), dtype=np.int64, count=count - 2)
+        sizes = [int(lengths[part].sum()) for part in kept]
+        count = 1 + sum(sizes) + len(sizes)
         of_word = np.full(count, NO_WORD)
-        of_word[1:-1] = np.repeat(np.arange(len(lengths)), lengths)
+        types = np.zeros(count, dtype=np.int64)
+        ends = np.cumsum(np.array(sizes) + 1)  # where each [SEP] stands
+        start = 1
+        for number, (part, end) in enumerate(zip(kept, ends.tolist(), strict=True)):
+            of_word[start:end] = np.repeat(part, lengths[part])
+            types[start : end + 1] = number
+            start = end + 1
+        inside = of_word != NO_WORD
+        numbers = np.concatenate(list(kept))
+        ids = np.empty(count, dtype=np.int64)
+        ids[0], ids[ends] = self._cls[reader], self._sep[reader]
+        ids[inside] = np.fromiter(
+            itertools.chain.from_iterable(words[number] for number in numbers.tolist()), np.int64, sum(sizes)
+        )
         of_vocabulary = np.full(count, reader)
-        of_vocabulary[1:-1] = np.repeat(vocabulary, lengths)
+        of_vocabulary[inside] = vocabulary[of_word[inside]]
         labels = np.full(count, IGNORED)
-        places = 1 + np.flatnonzero(np.repeat(masked, lengths))
+        places = np.flatnonzero(inside)[masked[of_word[inside]]]
         labels[places] = ids[places]
         for which, ordinary in enumerate(self._ordinary):
             own = places[of_vocabulary[places] == which]
@@ -215,7 +246,7 @@ class Segmenter:
             ids[own[fate < _MASKED]] = self._mask[which]
             replaced = (fate >= _MASKED) & (fate < _REPLACED)
             ids[own[replaced]] = ordinary[(other[replaced] * len(ordinary)).astype(int)]
-        return Side(ids, labels, of_word, of_vocabulary)
+        return Side(ids, labels, of_word, of_vocabulary, types)
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -234,18 +265,26 @@ class MixedVocabularyCollator:
       are the student's.
 
     ``labels`` are `IGNORED` and ``word_ids`` `NO_WORD` at padding; padding is of the teacher's vocabulary.
+
+    With ``next_sentence`` a row is a pair, and what a pair is depends on the other texts of the batch: the two halves
+    of a text, or, for one row in two, its first half and the second half of the row after it. The batch then has
+    ``token_type_ids`` and ``teacher_token_type_ids``, and ``next_sentence`` ``[B]``: 0 for halves that belong together,
+    1 for others, `IGNORED` for texts of a single word.
     """
 
-    def __init__(self, segmenter: Segmenter, pad_to_multiple_of: int = 1) -> None:
+    def __init__(self, segmenter: Segmenter, *, next_sentence: bool = False, pad_to_multiple_of: int = 1) -> None:
         self.segmenter = segmenter
+        self.next_sentence = next_sentence
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        texts: list[tuple[str, ...]] = [(row["text"],) for row in rows]
+        kinds: list[int] = []
+        if self.next_sentence:
+            texts, kinds = self._pairs(rows)
         pairs = [
-            self.segmenter(
-                row["text"], index=row.get("index", 0), number=row.get("pass", 0), position=row.get("position", 0)
-            )
-            for row in rows
+            self.segmenter(*text, index=row.get("index", 0), number=row.get("pass", 0), position=row.get("position", 0))
+            for text, row in zip(texts, rows, strict=True)
         ]
         batch: dict[str, Tensor] = {}
         for which, prefix in ((STUDENT, ""), (TEACHER, "teacher_")):
@@ -255,8 +294,29 @@ class MixedVocabularyCollator:
             batch[f"{prefix}attention_mask"] = self._padded([np.ones_like(side.input_ids) for side in sides], 0)
             batch[f"{prefix}labels"] = self._padded([side.labels for side in sides], IGNORED)
             batch[f"{prefix}word_ids"] = self._padded([side.word_ids for side in sides], NO_WORD)
+            if self.next_sentence:
+                batch[f"{prefix}token_type_ids"] = self._padded([side.token_type_ids for side in sides], 0)
         batch["teacher_vocabulary"] = self._padded([teacher.vocabulary for teacher, _ in pairs], TEACHER)
+        if self.next_sentence:
+            batch["next_sentence"] = torch.tensor(kinds)
         return batch
+
+    def _pairs(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, ...]], list[int]]:
+        """Return two texts of each row, and whether the second is another row's."""
+        halves: list[tuple[str, str]] = []
+        for row in rows:
+            chunks = row["text"].split(" ")
+            half = len(chunks) // 2
+            halves.append((" ".join(chunks[:half]), " ".join(chunks[half:])))
+        texts: list[tuple[str, ...]] = []
+        kinds: list[int] = []
+        for place, (row, (first, second)) in enumerate(zip(rows, halves, strict=True)):
+            draws = np.random.default_rng((self.segmenter.seed, row.get("pass", 0), row.get("index", 0), 1))
+            other, beginning = halves[(place + 1) % len(rows)][1], first.strip()
+            swapped = bool(draws.random() < 0.5) and other != second
+            texts.append((first, other if swapped else second))
+            kinds.append(int(swapped) if beginning else IGNORED)
+        return texts, kinds
 
     def _padded(self, arrays: Sequence[np.ndarray], fill: int) -> Tensor:
         multiple = self.pad_to_multiple_of

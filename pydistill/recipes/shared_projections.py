@@ -143,6 +143,7 @@ class ObjectiveSection(Section):
     project_embeddings: bool = Field(True, description="the student's table of pieces and the teacher's second table")
     project_norms: bool = Field(True, description="weights and biases of LayerNorms")
     reduction: Literal["mean", "sum"] = Field("mean", description="of each weight's squares; the paper: sum")
+    next_sentence: bool = Field(False, description="both also predict whether two halves of a text belong together")
 
     @model_validator(mode="after")
     def _averaged(self) -> ObjectiveSection:
@@ -226,6 +227,11 @@ def plan_shared_projections(
     if model_config is not None:
         tokenizer = collect(problems, teacher_tokenizer, config.teacher.tokenizer, teacher)
         problems += check_length(config, config.teacher.model, model_config, tokenizer)
+        if config.objective.next_sentence and getattr(model_config, "type_vocab_size", 0) < 2:
+            problems.append(
+                f"objective.next_sentence: {model_config.model_type} does not tell two texts of a row apart; set it to "
+                "false"
+            )
         try:
             _narrower(config, model_config)
         except ValueError as error:
@@ -311,8 +317,9 @@ def _describe(result: SharedProjectionsPlan) -> None:
     result.add("student", "sizes", describe_sizes(_narrower(config, teacher)))
     result.add("student", "initialization", config.student.initialization)
     result.add("student", "arms", ", ".join(config.arms))
-    result.add("student", "training", f"{describe_block(config.train)}; {mixing.masking:.0%} of the words masked")
     term = config.objective
+    predicted = f"{mixing.masking:.0%} of the words masked{', next sentence' if term.next_sentence else ''}"
+    result.add("student", "training", f"{describe_block(config.train)}; {predicted}")
     if set(config.arms) - {"no_kd"}:
         left_out = "".join(
             f", without {what}"
@@ -346,7 +353,7 @@ def _dry_run(result: SharedProjectionsPlan) -> None:
             count = sum(tensor.numel() for tensor in step.objective.teacher.parameters())
             result.add("teacher", "parameters", f"{count:,}, with both tables")
         stream = iter(load_corpus(config.corpus, result.tokenizer, seed=config.seed, as_texts=True))
-        collate = MixedVocabularyCollator(_segmenter(config, result.tokenizer, vocabulary))
+        collate = _collator(config, result.tokenizer, vocabulary)
         for number in range(1 + TIMED_BATCHES):
             if number == 1:
                 start = time.perf_counter()
@@ -446,6 +453,16 @@ def _segmenter(
     )
 
 
+def _collator(
+    config: SharedProjectionsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: PreTrainedTokenizerBase,
+    rows: int = 0,
+) -> MixedVocabularyCollator:
+    segmenter = _segmenter(config, tokenizer, vocabulary, rows)
+    return MixedVocabularyCollator(segmenter, next_sentence=config.objective.next_sentence)
+
+
 def _dual_training(plan: SharedProjectionsPlan, arm: Arm, vocabulary: PreTrainedTokenizerBase) -> DualTraining:
     """Teacher and student as an arm begins: the same student in each, from the same seed."""
     config, term = plan.config, plan.config.objective
@@ -464,7 +481,7 @@ def _dual_training(plan: SharedProjectionsPlan, arm: Arm, vocabulary: PreTrained
     else:
         student = _from_the_teacher(plan, model, sizes, vocabulary)
     if arm == "no_kd":
-        return DualTraining(student, seed=config.seed)
+        return DualTraining(student, next_sentence=term.next_sentence, seed=config.seed)
     teacher = MixedVocabularyTeacher(
         model, plan.tokenizer, vocabulary, freeze_encoder=config.teacher.freeze_encoder, seed=config.seed
     )
@@ -478,6 +495,7 @@ def _dual_training(plan: SharedProjectionsPlan, arm: Arm, vocabulary: PreTrained
         project_embeddings=term.project_embeddings,
         project_norms=term.project_norms,
         reduction=term.reduction,
+        next_sentence=term.next_sentence,
         seed=config.seed,
     )
 
@@ -517,7 +535,7 @@ def _train(
         train_dataset=stream,
         eval_dataset=[{"text": text, "index": index} for index, text in enumerate(texts)],
         processing_class=vocabulary,
-        data_collator=MixedVocabularyCollator(_segmenter(config, plan.tokenizer, vocabulary, rows_per_step(arguments))),
+        data_collator=_collator(config, plan.tokenizer, vocabulary, rows_per_step(arguments)),
     )
     attach_progress(trainer, "loss")
 
@@ -549,7 +567,7 @@ def _train(
 def _evaluation_batches(
     plan: SharedProjectionsPlan, vocabulary: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> Iterator[Mapping[str, Tensor]]:
-    collate = MixedVocabularyCollator(_segmenter(plan.config, plan.tokenizer, vocabulary))
+    collate = _collator(plan.config, plan.tokenizer, vocabulary)
     for start in range(0, len(texts), ROWS_PER_BATCH):
         rows = enumerate(texts[start : start + ROWS_PER_BATCH], start)
         yield collate([{"text": text, "index": index} for index, text in rows])

@@ -20,6 +20,8 @@ PARTS = {
     "student": "student: masked pieces",
     "teacher": "teacher: masked pieces",
     "projection": "projection, unweighted",
+    "student_next": "student: next sentence",
+    "teacher_next": "teacher: next sentence",
 }
 # Of the pieces of either vocabulary: edge and text, fill.
 VOCABULARY_COLOURS = {"teacher": (TEACHER_COLOUR, "#EEEEEE"), "student": ("#0072B2", "#DCEBF5")}
@@ -88,11 +90,12 @@ def _lead(results: dict[str, Any]) -> str:
 
 
 def _every_arm(trained: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["arm", "steps", "seconds", *(f"{PARTS[part]}, {when}" for part in PARTS for when in ("before", "after"))]]
+    parts = [part for part in PARTS if any(part in model["parts_after"] for model in trained)]
+    rows = [["arm", "steps", "seconds", *(f"{PARTS[part]}, {when}" for part in parts for when in ("before", "after"))]]
     for model in trained:
         losses = [
             f"{model[f'parts_{when}'][part]:.3f}" if part in model["parts_after"] else ""
-            for part in PARTS
+            for part in parts
             for when in ("before", "after")
         ]
         rows.append([model["name"], f"{model['steps']:,}", f"{model['seconds']:.0f}", *losses])
@@ -104,8 +107,13 @@ def draw_curves(trained: Sequence[Mapping[str, Any]]) -> Figure:
     from matplotlib.figure import Figure
 
     parts = [part for part in PARTS if any(part in model["parts_after"] for model in trained)]
-    figure = Figure(figsize=(10, 3.7), layout="constrained")
-    for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    figure = Figure(figsize=(10, 3.7 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(parts) :]:
+        axis.set_axis_off()
+    for axis, part in zip(axes, parts, strict=False):
         for model in trained:
             draw_line(axis, model["curve"], f"loss_{part}", color=ARM_COLOURS[model["name"]], label=model["name"])
         axis.set_title(PARTS[part], loc="left", fontsize=10)

@@ -72,6 +72,27 @@ class MaskedHead(nn.Module):
         return self.norm(self.activation(self.dense(hidden)))
 
 
+class NextSentenceHead(nn.Module):
+    """What BERT predicts the next sentence with: dense, tanh and two classes; last hidden states ``[B, N, D]`` ->
+    ``[B, 2]``, of [CLS]."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classes = nn.Linear(config.hidden_size, 2)
+        for layer in (self.dense, self.classes):
+            nn.init.normal_(layer.weight, std=getattr(config, "initializer_range", 0.02))
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the logits: 0 is the next sentence, 1 another."""
+        return self.classes(torch.tanh(self.dense(hidden[:, 0])))
+
+    def loss(self, hidden: Tensor, kinds: Tensor) -> Tensor:
+        """Sum of the cross-entropies of the rows that are pairs, 0-d; ``kinds`` ``[B]``."""
+        return F.cross_entropy(self(hidden).float(), kinds, ignore_index=IGNORED, reduction="sum")
+
+
 def masked_loss(
     head: MaskedHead,
     hidden: Tensor,  # [B, N, D]
@@ -144,14 +165,17 @@ class MixedVocabularyTeacher(nn.Module):
         """The embeddings of the teacher's own vocabulary, ``[V, E]``."""
         return cast(Tensor, self.encoder.get_input_embeddings().weight)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, vocabulary: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, vocabulary: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Return the hidden states of every layer, each ``[B, N, D]``; see `MixedVocabularyCollator` for the inputs."""
         of_student = vocabulary == STUDENT
         # Either table is asked for every piece, and one of the answers is used: no shape depends on the draws.
         own = self.encoder.get_input_embeddings()(input_ids.masked_fill(of_student, 0))
         other = self.student_embeddings(input_ids.masked_fill(~of_student, 0))
         embedded = torch.where(of_student.unsqueeze(-1), other, own)
-        output = self.encoder(inputs_embeds=embedded, attention_mask=attention_mask, output_hidden_states=True)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.encoder(inputs_embeds=embedded, attention_mask=attention_mask, output_hidden_states=True, **types)
         return tuple(output.hidden_states[1:])
 
     def loss(self, hidden: Tensor, labels: Tensor, vocabulary: Tensor) -> Tensor:
@@ -197,6 +221,7 @@ class DualObjective(Objective):
         project_embeddings: bool,
         project_norms: bool,
         reduction: str,
+        next_sentence: bool,
         seed: int,
     ) -> None:
         nn.Module.__init__(self)
@@ -211,6 +236,11 @@ class DualObjective(Objective):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.student_head = MaskedHead(student.config, table.size(1))
+            self.next_sentence_heads = nn.ModuleDict()
+            if next_sentence:
+                self.next_sentence_heads["student"] = NextSentenceHead(student.config)
+            if next_sentence and teacher is not None:
+                self.next_sentence_heads["teacher"] = NextSentenceHead(teacher.encoder.config)
         self.student_bias = nn.Parameter(torch.zeros(table.size(0)))
         self.projections: SharedProjections | None = None
         if direction is not None:
@@ -236,7 +266,8 @@ class DualObjective(Objective):
     def names(self) -> tuple[str, ...]:
         """The parts of the loss that are switched on."""
         present = (True, self.teacher is not None, self.projections is not None)
-        return tuple(name for name, there in zip(("student", "teacher", "projection"), present, strict=True) if there)
+        names = zip(("student", "teacher", "projection"), present, strict=True)
+        return (*(name for name, there in names if there), *(f"{side}_next" for side in self.next_sentence_heads))
 
     @property
     def student_signals(self) -> frozenset[str]:
@@ -253,7 +284,7 @@ class DualObjective(Objective):
     @property
     def batch_keys(self) -> frozenset[str]:
         """What is read from the batch beside the student's inputs, the labels, and keys that begin with teacher_."""
-        return frozenset({"word_ids"})
+        return frozenset({"word_ids", "next_sentence"} if self.next_sentence_heads else {"word_ids"})
 
     @property
     def _depth(self) -> int:
@@ -282,7 +313,7 @@ class DualObjective(Objective):
         return {name: ours[name] for name in names}, {name: theirs[name] for name in names}
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """How many items each part's mean runs over, fp32 ``[K]``: masked pieces of either side, then words.
+        """How many items each part's mean runs over, fp32 ``[K]``: masked pieces of either side, words, then pairs.
 
         Projections of parameters count as one item per batch.
         """
@@ -292,6 +323,7 @@ class DualObjective(Objective):
         if self.projections is not None:
             words = self.projected == "hidden_states"
             counts.append(_common_words(batch)[1].sum() if words else torch.ones_like(counts[0]))
+        counts += [(batch["next_sentence"] != IGNORED).sum() for _ in self.next_sentence_heads]
         return torch.stack(counts).float()
 
     def forward(
@@ -306,16 +338,21 @@ class DualObjective(Objective):
             num_items = self.count_items(batch).clamp(min=1)
         items = torch.as_tensor(num_items, device=batch["labels"].device).expand(len(self.names))
         last = student[f"hidden_states@{self._depth - 1}"]
+        lasts = {"student": last}
         sums = [masked_loss(self.student_head, last, batch["labels"], self._table, self.student_bias)]
         if self.teacher is not None:
             vocabulary = batch["teacher_vocabulary"]
-            hidden = self.teacher(batch["teacher_input_ids"], batch["teacher_attention_mask"], vocabulary)
+            types = batch["teacher_token_type_ids"] if self.next_sentence_heads else None
+            hidden = self.teacher(batch["teacher_input_ids"], batch["teacher_attention_mask"], vocabulary, types)
+            lasts["teacher"] = hidden[-1]
             sums.append(self.teacher.loss(hidden[-1], batch["teacher_labels"], vocabulary))
             if self.projections is not None:
                 words = self.projected == "hidden_states"
                 sums.append(self._of_words(student, hidden, batch) if words else self._of_parameters())
+        for side, head in self.next_sentence_heads.items():
+            sums.append(cast(NextSentenceHead, head).loss(lasts[side], batch["next_sentence"]))
         values = torch.stack(sums) / items
-        weights = values.new_tensor([1.0, 1.0, self.projection_weight])[: len(values)]
+        weights = values.new_tensor([self.projection_weight if name == "projection" else 1.0 for name in self.names])
         return (weights * values).sum(), dict(zip(self.names, values.detach().unbind(), strict=True))
 
     def _of_parameters(self) -> Tensor:
@@ -362,7 +399,8 @@ class DualTraining(Distiller):
     r"""Teacher and student trained together, as one step: :math:`L = L_s + L_t + \varepsilon L_p`.
 
     - :math:`L_s`: cross-entropy of the student's masked pieces, a mean;
-    - :math:`L_t`: the same of the teacher, on rows of both vocabularies;
+    - :math:`L_t`: the same of the teacher, on rows of both vocabularies; with ``next_sentence``, both also ask whether
+      the second half of a row belongs to the first;
     - :math:`L_p`: projections between the two, see ``projected``.
 
     The paper's rows: NoKD is ``teacher=None``; DualTrain ``direction=None``; DualTrain+SharedProjDown ``"down"``;
@@ -388,10 +426,11 @@ class DualTraining(Distiller):
         project_norms: of parameters, compare the weights and biases of LayerNorms.
         reduction: ``"mean"`` or ``"sum"`` of the squares of each pair, see `shared_projection_loss`; hidden states are
             always averaged.
+        next_sentence: predict the next sentence, too, as BERT does; by heads of their own, which are not kept.
         seed: of head and projections; the global random state is left alone.
 
     The forward takes the batch of `pydistill.data.mixed_vocab.MixedVocabularyCollator`; ``parts`` of its output are
-    ``student``, ``teacher`` and ``projection``.
+    ``student``, ``teacher`` and ``projection``, ``student_next`` and ``teacher_next``, as far as they are switched on.
 
     Raises:
         ValueError: a student of another depth or architecture than the teacher, a projection without a teacher, or an
@@ -411,6 +450,7 @@ class DualTraining(Distiller):
         project_embeddings: bool = True,
         project_norms: bool = True,
         reduction: str = "mean",
+        next_sentence: bool = False,
         seed: int = 0,
     ) -> None:
         if projected not in PROJECTED:
@@ -421,6 +461,8 @@ class DualTraining(Distiller):
             _fail("DualTraining", f"projection_weight must not be negative, got {projection_weight}")
         if projected == "hidden_states" and reduction != "mean":
             _fail("DualTraining", f"hidden states are averaged: reduction must be 'mean', got {reduction!r}")
+        if next_sentence and getattr(student.config, "type_vocab_size", 0) < 2:
+            _fail("DualTraining", f"next_sentence: {student.config.model_type} does not tell two texts of a row apart")
         if teacher is not None:
             ours, theirs = student.config, teacher.encoder.config
             kinds = [(config.model_type, config.num_hidden_layers) for config in (ours, theirs)]
@@ -448,6 +490,7 @@ class DualTraining(Distiller):
                 project_embeddings=project_embeddings,
                 project_norms=project_norms,
                 reduction=reduction,
+                next_sentence=next_sentence,
                 seed=seed,
             ),
         )
