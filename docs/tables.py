@@ -177,8 +177,11 @@ def evaluate(page: Path, *sources: Path) -> str:
 
 
 def short_name(model: str) -> str:
-    """What tells a model from the others: OUTPUT/v1-svd/student -> v1-svd."""
+    """What tells a model from the others: OUTPUT/v1-svd/student -> v1-svd, OUTPUT/96/students/down -> 96-down."""
     parts = [part for part in model.removeprefix("package:").split("/") if part not in ("", "student", "model")]
+    if "students" in parts[1:-1]:
+        place = parts.index("students", 1)
+        return f"{parts[place - 1]}-{parts[place + 1]}"
     return parts[-1] if parts else model
 
 

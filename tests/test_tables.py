@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured tables of the documents, and the script that measures those of the recipe minilm."""
+"""The measured tables of the documents, and the scripts that measure those of two recipes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from pydistill.config import find_recipe, load_config, load_section, parse_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "docs" / "benchmarks" / "minilm.sh"
+SCRIPTS = ROOT / "docs" / "benchmarks"
 
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree around the tests")
+pytestmark = pytest.mark.skipif(not SCRIPTS.exists(), reason="needs the source tree around the tests")
 
 
 def evaluated(**averages: float) -> dict[str, Any]:
@@ -75,23 +75,37 @@ def test_steps_table_says_how_many_times_ours_is_faster(tmp_path: Path) -> None:
     assert "| 32 x 128 | 48 | ours | 200 | 199 .. 201 |  | 100 |" in filled and "cpu X; 2 threads" in filled
 
 
-def test_documents_name_the_script_and_its_files() -> None:
-    page = (ROOT / "docs" / "recipes" / "minilm.md").read_text(encoding="utf-8")
-    assert "docs/benchmarks/minilm.sh DATA OUTPUT" in page
-    script = SCRIPT.read_text(encoding="utf-8")
-    for side in ("teacher", "students"):
-        assert f"docs/benchmarks/minilm-{side}.json" in page and side in script
+@pytest.mark.parametrize(
+    ("recipe", "files"),
+    [("minilm", ["teacher", "students"]), ("shared-projections", ["teacher", "students", "96", "48"])],
+)
+def test_documents_name_the_scripts_and_their_files(recipe: str, files: list[str]) -> None:
+    page = (ROOT / "docs" / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
+    assert f"docs/benchmarks/{recipe}.sh DATA OUTPUT" in page
+    script = (SCRIPTS / f"{recipe}.sh").read_text(encoding="utf-8")
+    for name in files:
+        assert f"docs/benchmarks/{recipe}-{name}.json" in page and name in script
 
 
-def test_benchmark_script_gives_commands_that_the_configuration_takes(tmp_path: Path) -> None:
-    from pydistill.evaluate import EvaluateConfig
-
-    # Stands for pydistill: notes the words it is given.
-    recorder = tmp_path / "recorder.py"
+def words_of(script: Path, folder: Path) -> list[list[str]]:
+    """Run a script with a stand-in for pydistill; return the words of each call."""
+    recorder = folder / "recorder.py"
     recorder.write_text("import json, sys\nprint(json.dumps(sys.argv[1:]), file=open(sys.argv[0] + '.log', 'a'))\n")
     environment = {**os.environ, "PYDISTILL": f"{sys.executable} {recorder}", "STEPS": "7"}
-    subprocess.run(["bash", str(SCRIPT), str(tmp_path), str(tmp_path / "out")], env=environment, check=True, timeout=60)
-    calls = [json.loads(line) for line in Path(f"{recorder}.log").read_text().splitlines()]
+    subprocess.run(["bash", str(script), str(folder), str(folder / "out")], env=environment, check=True, timeout=60)
+    return [json.loads(line) for line in Path(f"{recorder}.log").read_text().splitlines()]
+
+
+def evaluations(calls: list[list[str]]) -> list[Any]:
+    """The configurations of the two last calls: of the teacher, and of the students."""
+    from pydistill.evaluate import EvaluateConfig
+
+    assert [words[0] for words in calls] == ["evaluate"] * 2
+    return [load_section(EvaluateConfig, Path(words[1]), parse_overrides(words[2:])) for words in calls]
+
+
+def test_script_of_minilm_gives_commands_that_the_configuration_takes(tmp_path: Path) -> None:
+    calls = words_of(SCRIPTS / "minilm.sh", tmp_path)
     distilled = {}
     for words in calls[:-2]:
         assert words[:3] == ["run", "minilm", "--resume"]
@@ -106,11 +120,7 @@ def test_benchmark_script_gives_commands_that_the_configuration_takes(tmp_path: 
     assert distilled["v1-svd"].train["max_steps"] == 7
     assert distilled["undistilled-svd"].train["learning_rate"] == 0
 
-    teacher, students = (
-        load_section(EvaluateConfig, Path(words[1]), parse_overrides(words[2:]))
-        for words in calls[-2:]
-        if words[0] == "evaluate"
-    )
+    teacher, students = evaluations(calls[-2:])
     assert len(teacher.model) == 1 and teacher.train["learning_rate"] == 1e-4
     # Every student, the untrained one last: the table measures the gap from it.
     assert [Path(name).parent.name for name in students.model][-1] == "undistilled-random"
@@ -118,8 +128,30 @@ def test_benchmark_script_gives_commands_that_the_configuration_takes(tmp_path: 
     assert students.seeds == [1, 2, 3] and students.tasks["mrpc"].data.dev_rows == 408
 
 
-def test_benchmark_script_needs_its_data(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", str(SCRIPT), str(tmp_path / "none"), "out"], capture_output=True, text=True)
+def test_script_of_shared_projections_gives_commands_that_the_configuration_takes(tmp_path: Path) -> None:
+    calls = words_of(SCRIPTS / "shared-projections.sh", tmp_path)
+    runs = {}
+    for words in calls[:-2]:
+        assert words[:3] == ["run", "shared-projections", "--resume"]
+        config: Any = load_config(find_recipe("shared-projections"), parse_overrides(words[3:]))
+        runs[Path(config.output).name] = config
+    assert list(runs) == ["96", "48", "untrained-96"]
+    assert runs["48"].student.hidden_size == 48 and runs["48"].arms == ["no_kd", "dual", "down", "up"]
+    assert runs["96"].train["max_steps"] == 7 and runs["96"].evaluation_corpus.files[0].endswith("wikitext2.valid.txt")
+    assert runs["untrained-96"].train["learning_rate"] == 0 and runs["untrained-96"].arms == ["no_kd"]
+
+    teacher, students = evaluations(calls[-2:])
+    assert len(teacher.model) == 1 and len(students.model) == 9
+    assert students.tasks["snips"].data.text_columns == ["text"] and students.seeds == [1, 2, 3]
+    short_name = runpy.run_path(str(ROOT / "docs" / "tables.py"))["short_name"]
+    names = [f"{width}-{arm}" for width in (96, 48) for arm in ("no_kd", "dual", "down", "up")]
+    assert [short_name(name) for name in students.model] == [*names, "untrained-96-no_kd"]
+
+
+@pytest.mark.parametrize("recipe", ["minilm", "shared-projections"])
+def test_benchmark_scripts_need_their_data(recipe: str, tmp_path: Path) -> None:
+    command = ["bash", str(SCRIPTS / f"{recipe}.sh"), str(tmp_path / "none"), "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "DATA must be a folder" in done.stderr
 
 
