@@ -253,6 +253,14 @@ class DistillationTrainer(Trainer):
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer, with groups of their own for modules that say ``learning_rate_scale = x``."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not given:
+            _scale_learning_rates(optimizer, self.distiller)
+        return optimizer
+
     # ---- data
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -368,6 +376,20 @@ class DistillationTrainer(Trainer):
             from safetensors.torch import load_file
 
             self.distiller.objective.load_state_dict(load_file(folder / OBJECTIVE_WEIGHTS))
+
+
+def _scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    scales: dict[int, float] = {}
+    for module in model.modules():
+        scale = getattr(module, "learning_rate_scale", 1.0)
+        if scale != 1.0:
+            scales |= {id(parameter): scale for parameter in module.parameters()}
+    for group in list(optimizer.param_groups):
+        for scale in sorted(set(scales.values())):
+            scaled = [parameter for parameter in group["params"] if scales.get(id(parameter)) == scale]
+            if scaled:
+                group["params"] = [parameter for parameter in group["params"] if scales.get(id(parameter)) != scale]
+                optimizer.add_param_group(group | {"params": scaled, "lr": group["lr"] * scale})
 
 
 class _EpochLengthSampler(LengthGroupedSampler):

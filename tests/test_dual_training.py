@@ -317,7 +317,11 @@ def test_matched_parameters_are_everything_but_poolers_heads_and_the_teachers_ow
     # Tables on the right only: their rows are pieces, positions and types on both sides.
     assert set(projections.matrices) == {"left_8_16", "left_16_32", "right_16_8", "right_32_16"}
     expected = shared_projection_loss(
-        list(ours.values()), list(theirs.values()), [projections.pair(name) for name in ours], "down"
+        list(ours.values()),
+        list(theirs.values()),
+        [projections.pair(name) for name in ours],
+        "down",
+        reduction="sum",
     )
     torch.testing.assert_close(step(**batch()).parts["projection"], expected.detach())
 
@@ -329,9 +333,9 @@ def test_matched_parameters_are_everything_but_poolers_heads_and_the_teachers_ow
     assert set(tables) == {f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
 
 
-@pytest.mark.parametrize("direction", ["down", "up"])
-def test_hidden_states_are_compared_word_by_word(direction: Any) -> None:
-    step, inputs = dual(direction=direction, projected="hidden_states"), batch()
+@pytest.mark.parametrize(("direction", "reduction"), [("down", "mean"), ("up", "mean"), ("down", "sum")])
+def test_hidden_states_are_compared_word_by_word(direction: Any, reduction: str) -> None:
+    step, inputs = dual(direction=direction, projected="hidden_states", reduction=reduction), batch()
     # A word that only one side has does not count.
     inputs["word_ids"][0][inputs["word_ids"][0] == 2] = -1
     objective, (right,) = step.objective, step.objective.projections.matrices.values()  # type: ignore[union-attr]
@@ -348,7 +352,8 @@ def test_hidden_states_are_compared_word_by_word(direction: Any) -> None:
                 s = student[layer][row][ours == word].mean(0)
                 t = teacher[layer][row][theirs == word].mean(0)
                 difference = t @ right - s if direction == "down" else t - s @ right
-                expected = expected + difference.square().mean()
+                squares = difference.square()
+                expected = expected + (squares.mean() if reduction == "mean" else squares.sum())
     of_teacher = int((inputs["teacher_word_ids"].max(1).values + 1).sum())
     assert objective.count_items(inputs).tolist()[2] == words == of_teacher - 1
     torch.testing.assert_close(step(**inputs).parts["projection"], expected.detach() / words)
@@ -550,7 +555,7 @@ def test_what_is_refused() -> None:
         ({"direction": "down", "teacher": None}, "direction 'down' projects between two models; pass a teacher"),
         ({"projected": "logits"}, "projected must be one of parameters, embeddings, hidden_states, got 'logits'"),
         ({"projection_weight": -1}, "projection_weight must not be negative, got -1"),
-        ({"projected": "hidden_states", "reduction": "sum"}, "reduction must be 'mean', got 'sum'"),
+        ({"projected": "hidden_states", "reduction": "max"}, "reduction must be one of mean, sum, got 'max'"),
         ({"direction": "left"}, "direction must be one of down, up, got 'left'"),
     ):
         with pytest.raises(ValueError, match=rule):
@@ -564,3 +569,27 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="the model has 100 embeddings, the tokenizer 171 pieces"):
         teacher_of(encoder(vocab_size=100))
     assert copy.deepcopy(DualTraining(student, teacher, direction="up"))(**batch()).loss.isfinite()
+
+
+def test_what_was_trained_before_may_learn_more_slowly(tmp_path: Path) -> None:
+    teacher = teacher_of(learning_rate_scale=0.1)
+    step = DualTraining(student_of(teacher), teacher, direction="down")
+    arguments = TrainingArguments(
+        str(tmp_path), learning_rate=1e-2, weight_decay=0.5, max_steps=2, report_to="none", use_cpu=True
+    )
+    trainer = DistillationTrainer(step, arguments, data_collator=lambda rows: rows)
+    names = {id(parameter): name for name, parameter in step.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    found = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]
+    }
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    assert set(found) == {name for name, parameter in step.named_parameters() if parameter.requires_grad}
+    slow = ("objective.teacher.encoder.", "objective.teacher.student_embeddings.")
+    for name, (rate, decay) in found.items():
+        assert rate == pytest.approx(1e-3 if name.startswith(slow) else 1e-2), name
+        exempt = "projections" in name or name.endswith("bias") or "norm" in name.lower()
+        assert decay == (0.0 if exempt else 0.5), name
+    assert trainer.create_optimizer().param_groups is groups  # and only once
+    with pytest.raises(ValueError, match="learning_rate_scale must be positive, got 0"):
+        teacher_of(learning_rate_scale=0)

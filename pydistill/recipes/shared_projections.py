@@ -21,7 +21,14 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from pydistill import _dispatch
 from pydistill.config import Distinct, OneOrMore, Section, resolve_path
@@ -89,8 +96,9 @@ class TeacherSection(Section):
 
     model: str
     tokenizer: str | None = Field(None, description="when it is not in the model's folder")
-    freeze_encoder: bool = Field(
-        False, description="train only what is new in it, so that it cannot move to the student"
+    freeze_encoder: bool = Field(False, description="train only tables, head and biases, so that it cannot move")
+    learning_rate: float | None = Field(
+        None, gt=0, description="of its encoder and tables, which were trained before; absent: the student's"
     )
 
 
@@ -142,14 +150,10 @@ class ObjectiveSection(Section):
     projection_weight: float = Field(1.0, ge=0)
     project_embeddings: bool = Field(True, description="the student's table of pieces and the teacher's second table")
     project_norms: bool = Field(True, description="weights and biases of LayerNorms")
-    reduction: Literal["mean", "sum"] = Field("mean", description="of each weight's squares; the paper: sum")
+    reduction: Literal["mean", "sum"] = Field(
+        "sum", description="of the squares of each weight, or of each word's states"
+    )
     next_sentence: bool = Field(False, description="both also predict whether two halves of a text belong together")
-
-    @model_validator(mode="after")
-    def _averaged(self) -> ObjectiveSection:
-        if self.projected == "hidden_states" and self.reduction == "sum":
-            raise ValueError("hidden states are averaged: reduction must be mean")
-        return self
 
 
 class PictureSection(Section):
@@ -305,7 +309,9 @@ def _describe(result: SharedProjectionsPlan) -> None:
     head = "its own" if _has_head(teacher) else "none in the model: a new one is made, and trained along"
     result.add("teacher", "masked-piece head", head)
     training = "only tables, head and biases" if config.teacher.freeze_encoder else "everything, along with the student"
-    result.add("teacher", "training", training)
+    rate = config.teacher.learning_rate
+    pace = "" if rate is None else f"; learning_rate {rate:g} of encoder and tables"
+    result.add("teacher", "training", f"{training}{pace}")
     mixing = config.mixing
     ramp = "" if mixing.end is None else f", to {mixing.end} in {_mixing_steps(config):,} steps"
     result.add("teacher", "mixing", f"a word is cut by the student's vocabulary with probability {mixing.start}{ramp}")
@@ -482,8 +488,14 @@ def _dual_training(plan: SharedProjectionsPlan, arm: Arm, vocabulary: PreTrained
         student = _from_the_teacher(plan, model, sizes, vocabulary)
     if arm == "no_kd":
         return DualTraining(student, next_sentence=term.next_sentence, seed=config.seed)
+    rate = config.train.get("learning_rate", TrainingArguments.learning_rate)
     teacher = MixedVocabularyTeacher(
-        model, plan.tokenizer, vocabulary, freeze_encoder=config.teacher.freeze_encoder, seed=config.seed
+        model,
+        plan.tokenizer,
+        vocabulary,
+        freeze_encoder=config.teacher.freeze_encoder,
+        learning_rate_scale=(config.teacher.learning_rate or rate) / rate if rate else 1.0,
+        seed=config.seed,
     )
     directions: dict[Arm, Direction] = {"dual": "down", "down": "down", "up": "up"}
     return DualTraining(

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from pydistill.data.mixed_vocab import IGNORED, NO_WORD, STUDENT
 from pydistill.data.vocabulary import PREFIX, check_wordpiece
 from pydistill.distiller import Distiller
-from pydistill.losses.shared_projection import Direction, SharedProjections
+from pydistill.losses.shared_projection import REDUCTIONS, Direction, SharedProjections
 from pydistill.objective import Objective
 from pydistill.students.encoder import smaller_config
 
@@ -121,6 +121,9 @@ class MixedVocabularyTeacher(nn.Module):
         tokenizer: its own.
         student_tokenizer: see `pydistill.data.vocabulary.train_vocabulary`.
         freeze_encoder: train only tables, head and biases, so that the encoder cannot move towards the student.
+        learning_rate_scale: of what was trained before, encoder and tables, against all else that trains: head,
+            projections, student. A pretrained encoder forgets at the rate that a new one needs; `DistillationTrainer`
+            reads it.
         seed: of a new head; the global random state is left alone.
 
     Raises:
@@ -135,9 +138,12 @@ class MixedVocabularyTeacher(nn.Module):
         student_tokenizer: PreTrainedTokenizerBase,
         *,
         freeze_encoder: bool = False,
+        learning_rate_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not learning_rate_scale > 0:
+            _fail("MixedVocabularyTeacher", f"learning_rate_scale must be positive, got {learning_rate_scale}")
         self.encoder = cast(PreTrainedModel, model.base_model)
         rows, width = self.table.shape
         if rows < len(tokenizer):
@@ -145,6 +151,8 @@ class MixedVocabularyTeacher(nn.Module):
         self.student_embeddings = nn.Embedding.from_pretrained(
             _second_table(self.table.detach(), tokenizer, student_tokenizer), freeze=False
         )
+        for pretrained in (self.encoder, self.student_embeddings):
+            pretrained.learning_rate_scale = learning_rate_scale
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = MaskedHead(self.encoder.config, width)
@@ -232,6 +240,7 @@ class DualObjective(Objective):
         self.projection_weight = projection_weight
         self.project_embeddings = project_embeddings
         self.project_norms = project_norms
+        self.reduction = reduction
         table = self._table
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -362,7 +371,7 @@ class DualObjective(Objective):
     def _of_words(
         self, student: Mapping[str, Tensor], hidden: tuple[Tensor, ...], batch: Mapping[str, Tensor]
     ) -> Tensor:
-        """The sum over words and layers of the squares' mean over the features."""
+        """The sum over words and layers of the squares' sum or mean over the features."""
         assert self.projections is not None and self.teacher is not None
         places, present = _common_words(batch)
 
@@ -377,6 +386,8 @@ class DualObjective(Objective):
             {f"layer {layer}": means(student[f"hidden_states@{layer}"], places[0]) for layer in range(self._depth)},
             {f"layer {layer}": means(states, places[1]) for layer, states in enumerate(hidden)},
         )
+        if self.reduction == "sum":
+            return value
         target = self._student[0] if self.projections.direction == "down" else self.teacher.encoder
         return value / target.config.hidden_size
 
@@ -424,8 +435,8 @@ class DualTraining(Distiller):
         projection_weight: :math:`\varepsilon`.
         project_embeddings: of parameters, compare the student's table of pieces with the teacher's second table.
         project_norms: of parameters, compare the weights and biases of LayerNorms.
-        reduction: ``"mean"`` or ``"sum"`` of the squares of each pair, see `shared_projection_loss`; hidden states are
-            always averaged.
+        reduction: ``"sum"`` (the paper) or ``"mean"`` of the squares of each pair, see `shared_projection_loss`; of
+            hidden states, of the squares of each word, which are then averaged over the words.
         next_sentence: predict the next sentence, too, as BERT does; by heads of their own, which are not kept.
         seed: of head and projections; the global random state is left alone.
 
@@ -449,7 +460,7 @@ class DualTraining(Distiller):
         projection_weight: float = 1.0,
         project_embeddings: bool = True,
         project_norms: bool = True,
-        reduction: str = "mean",
+        reduction: str = "sum",
         next_sentence: bool = False,
         seed: int = 0,
     ) -> None:
@@ -457,10 +468,10 @@ class DualTraining(Distiller):
             _fail("DualTraining", f"projected must be one of {', '.join(PROJECTED)}, got {projected!r}")
         if direction is not None and teacher is None:
             _fail("DualTraining", f"direction {direction!r} projects between two models; pass a teacher, or None")
+        if reduction not in REDUCTIONS:
+            _fail("DualTraining", f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         if not projection_weight >= 0:
             _fail("DualTraining", f"projection_weight must not be negative, got {projection_weight}")
-        if projected == "hidden_states" and reduction != "mean":
-            _fail("DualTraining", f"hidden states are averaged: reduction must be 'mean', got {reduction!r}")
         if next_sentence and getattr(student.config, "type_vocab_size", 0) < 2:
             _fail("DualTraining", f"next_sentence: {student.config.model_type} does not tell two texts of a row apart")
         if teacher is not None:
