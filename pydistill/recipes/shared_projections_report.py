@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 # What the picture of a sentence is drawn from, beside metrics.json.
 SEGMENTATION_FILE = "segmentation.json"
 ARM_COLOURS = {"no_kd": "#CC79A7", "dual": "#E69F00", "down": "#0072B2", "up": "#009E73"}
+ARMS = {
+    "no_kd": "trains alone",
+    "dual": "has its table of pieces tied to the teacher's by a projection",
+    "down": "has every weight of the teacher projected to its size",
+    "up": "has every weight projected to the teacher's size",
+}
 PARTS = {
     "student": "student: masked pieces",
     "teacher": "teacher: masked pieces",
@@ -82,10 +88,10 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 def _lead(results: dict[str, Any]) -> str:
     ranked = sorted(results["models"][1:], key=lambda model: model["loss_after"])
     losses = ", ".join(f"{model['name']} {model['loss_after']:.3f}" for model in ranked)
+    arms = "; ".join(f"{model['name']} {ARMS[model['name']]}" for model in results["models"][1:])
     return (
         f"Loss per masked piece of the student on {results['evaluation_texts']:,} texts, lowest first: {losses}. "
-        "no_kd trains alone; dual shares the tables of pieces with its teacher by a projection; down and up project "
-        "every layer."
+        f"Of the arms, {arms}."
     )
 
 
