@@ -131,7 +131,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         "mixing": {"start": 0.1, "end": 0.9},
         "teacher__learning_rate": 1e-3,
     }
+    more |= {"train__eval_strategy": "steps", "train__eval_steps": 20}
     whole = start(shared, tmp_path / "whole", **more)
+    looked_at = [entry["step"] for entry in whole["models"][1]["curve"] if "eval_loss" in entry]
+    assert looked_at == [20, 40, 50]
     trained = shared_projections.DistillationTrainer.train
 
     def interrupted(self: Any, *arguments: Any, **options: Any) -> Any:
