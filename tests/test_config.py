@@ -169,9 +169,8 @@ def test_augment_section_has_the_defaults_of_the_library() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_built_in_recipes_are_valid(path: Path) -> None:
     given = yaml.safe_load(path.read_text())
-    needed = MINIMUM if given["recipe"] == "bilstm" else MINIMUM | {"corpus.files": "texts.txt"}
-    if given["recipe"] == "minilm":
-        needed = {key: value for key, value in needed.items() if key != "data.train"}
+    source = "data.train" if given["recipe"] == "bilstm" else "corpus.files"
+    needed = {key: value for key, value in MINIMUM.items() if key != "data.train"} | {source: "texts.tsv"}
     if "output" in given:  # complete as it stands
         needed = {}
     config = load_config(path, {key: value for key, value in needed.items() if key != "recipe"})

@@ -304,5 +304,5 @@ def test_recorded_logits_can_be_shared_between_runs(
 
 
 def test_unknown_recipe_key_is_refused(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="recipe: must be one of bilstm, minilm, got 'bilstmm'"):
+    with pytest.raises(UserError, match="recipe: must be one of bilstm, minilm, shared-projections, got 'bilstmm'"):
         run("bilstm", settings(shared, tmp_path, recipe="bilstmm"))
