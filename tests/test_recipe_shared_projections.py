@@ -192,6 +192,33 @@ def test_losses_are_measured_where_asked_and_a_head_is_taken_over(shared: Path, 
     assert not any(axis.lines for axis in shared_projections_report.draw_curves(results["models"][1:]).axes)
 
 
+def test_every_option_arrives(shared: Path, tmp_path: Path) -> None:
+    options = {"projection_weight": 0.3, "project_embeddings": False, "project_norms": False, "reduction": "mean"}
+    more: dict[str, Any] = {"objective": options | {"next_sentence": True}, "teacher__learning_rate": 1e-3}
+    more |= {"mixing": {"start": 0.4, "masking": 0.3}, "seed": 5}
+    config: Any = load_config(None, settings(shared, tmp_path, **more))
+    plan: Any = pydistill.plan(config, dry_run=False)
+    text = str(plan)
+    assert "of parameters, without tables of pieces, without LayerNorms, mean, weight 0.3" in text
+    assert "30% of the words masked, next sentence" in text and "learning_rate 0.001 of encoder and tables" in text
+    objective = shared_projections._dual_training(plan, "up", student_tokenizer()).objective
+    assert {name: getattr(objective, name) for name in options} == options
+    assert objective.projections.direction == "up" and objective.projections.reduction == "mean"
+    assert set(objective.next_sentence_heads) == {"student", "teacher"}
+    # The settings say 1e-2 for the student.
+    assert objective.teacher.encoder.learning_rate_scale == pytest.approx(0.1)
+    collate = shared_projections._collator(config, teacher_tokenizer(), student_tokenizer())
+    cut = collate.segmenter
+    assert (cut.masking, cut.mixing.start, cut.seed, cut.max_length) == (0.3, 0.4, 5, 32) and collate.next_sentence
+    # Seeds make another student, and other heads.
+    config.seed = 6
+    other = shared_projections._dual_training(plan, "up", student_tokenizer())
+    assert not torch.equal(other.objective.student_head.dense.weight, objective.student_head.dense.weight)
+    assert not torch.equal(
+        other.student.get_input_embeddings().weight, objective._student[0].get_input_embeddings().weight
+    )
+
+
 def test_hidden_states_and_a_frozen_teacher(shared: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"objective__projected": "hidden_states", "teacher__freeze_encoder": True}
     plan: Any = pydistill.plan(load_config(None, settings(shared, tmp_path, **more)), dry_run=False)
