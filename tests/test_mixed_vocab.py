@@ -367,4 +367,4 @@ def test_half_of_the_pairs_are_of_two_texts() -> None:
     again = MixedVocabularyCollator(cut, next_sentence=True)([row | {"pass": 1} for row in rows])["next_sentence"]
     assert again.tolist() != kinds
     # Nothing to exchange with.
-    assert MixedVocabularyCollator(cut, next_sentence=True)(rows[:1] * 1)["next_sentence"].tolist() == [0]
+    assert MixedVocabularyCollator(cut, next_sentence=True)(rows[:1])["next_sentence"].tolist() == [0]

@@ -311,6 +311,7 @@ def test_what_is_refused_before_any_work(shared: Path, tmp_path: Path, keys: dic
     [
         ({"vocabulary__folder": "x"}, "give size, to train a vocabulary, or folder"),
         ({"mixing__steps": 5}, "steps says when end is reached"),
+        ({"objective": {"projected": "hidden_states", "project_norms": False}}, "choose among parameters"),
         ({"corpus__packing": "packed"}, "corpus.packing must be truncate"),
         ({"arms": ["dual"], "objective__project_embeddings": False}, "the arm dual ties the tables of pieces"),
         ({"corpus__held_out": 0}, "losses need texts"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +51,6 @@ from pydistill.plan import (
 from pydistill.recipes.costs import costs_of, how_speed_is_measured
 from pydistill.recipes.minilm_report import RELATIONS_FILE, page
 from pydistill.recipes.pretraining import (
-    ROWS_PER_BATCH,
-    TIMED_BATCHES,
     TRAINING_FILE,
     CorpusRun,
     check_length,
@@ -65,14 +62,16 @@ from pydistill.recipes.pretraining import (
     describe_run,
     describe_sizes,
     fingerprint,
+    finish,
     first_texts,
     first_tokens,
     rows_until,
+    seconds_per_step,
     stream_arguments,
 )
 from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
 from pydistill.relations import relation_matrices, token_labels
-from pydistill.report import METRICS_FILE, REPORT_FILE, text_table, write_report, write_text
+from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.encoder import make_student, smaller_config, spaced_layers
 from pydistill.teachers import OnlineTeacher
 from pydistill.trainer import DistillationCollator, DistillationTrainer
@@ -314,18 +313,10 @@ def _dry_run(result: MiniLMPlan) -> None:
     result.add("student", "parameters", f"{sum(tensor.numel() for tensor in student.parameters()):,}")
     # With an assistant between, the student's stage is cheaper than this, and the assistant's dearer.
     block = _block(config, "student")
-    rows = block.get("per_device_train_batch_size", ROWS_PER_BATCH)
     stream = iter(load_corpus(config.corpus, result.tokenizer, seed=config.seed))
     collate = _collator(config, result.tokenizer, student)
     distiller = Distiller(student, OnlineTeacher(teacher), _term(config, config.teacher.layer)).to(device)
-    for number in range(1 + TIMED_BATCHES):
-        if number == 1:
-            start = time.perf_counter()
-        batch = {name: value.to(device) for name, value in collate(list(itertools.islice(stream, rows))).items()}
-        loss = distiller(**batch).loss
-        assert loss is not None
-        loss.backward()
-    pace = (time.perf_counter() - start) / TIMED_BATCHES * block.get("gradient_accumulation_steps", 1)
+    pace = seconds_per_step(distiller, stream, collate, block)
     result.add("student", "pace", f"{pace:.2f} s a step, about {duration(pace * block['max_steps'])} in all")
 
 
@@ -370,11 +361,7 @@ def _run(plan: MiniLMPlan) -> dict[str, Any]:
         "plan": str(plan),
     }
     write_text(plan.output / RELATIONS_FILE, json.dumps(maps))
-    write_text(plan.output / METRICS_FILE, json.dumps(results, indent=1))
-    shutil.rmtree(plan.output / WORK, ignore_errors=True)
-    report, shown = write_report(plan.output, page)
-    print(f"\n{text_table(shown.table)}\n{shown.lead}\n{shown.measured}\n")
-    print(f"report:  {report}\nstudent: {plan.output / 'student'}\ntry it:  {shown.next_step}")
+    finish(plan.output, results, page, "student")
     return results
 
 

@@ -6,19 +6,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from pydistill import _dispatch
 from pydistill.config import BaseRun, TrainBlock
 from pydistill.data.corpus import CorpusSection, load_corpus
 from pydistill.plan import DATA_FILE, PlanBase, PlanError, length_limit
+from pydistill.recipes.stages import WORK
+from pydistill.report import METRICS_FILE, Page, text_table, write_report, write_text
 from pydistill.trainer import TRAINER_STATE
 
 # What a finished training says of itself, beside its weights.
@@ -131,6 +135,45 @@ def describe_block(block: Mapping[str, Any]) -> str:
     """Say what ``TrainingArguments`` a training has."""
     values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in block.items()}
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def seconds_per_step(
+    step: nn.Module,
+    stream: Iterator[Any],
+    collate: Callable[[list[Any]], Mapping[str, Tensor]],
+    block: Mapping[str, Any],
+) -> float:
+    """Return how long an optimizer step of a `Distiller` takes, timed on a few batches of the stream."""
+    device = next(step.parameters()).device
+    rows = block.get("per_device_train_batch_size", ROWS_PER_BATCH)
+    for number in range(1 + TIMED_BATCHES):
+        if number == 1:
+            start = time.perf_counter()
+        batch = collate(list(itertools.islice(stream, rows)))
+        loss = step(**{name: value.to(device) for name, value in batch.items()}).loss
+        assert loss is not None
+        loss.backward()
+    return (time.perf_counter() - start) / TIMED_BATCHES * block.get("gradient_accumulation_steps", 1)
+
+
+def finish(
+    output: Path, results: Mapping[str, Any], page: Callable[[Path, dict[str, Any]], Page], students: str
+) -> None:
+    """Write the results and the report of a run, drop its unfinished work, and say what came out.
+
+    Args:
+        output: the run's folder.
+        results: the content of ``metrics.json``.
+        page: see `pydistill.report.write_report`.
+        students: the entry of the folder that holds what was trained.
+    """
+    write_text(output / METRICS_FILE, json.dumps(results, indent=1))
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    report, shown = write_report(output, page)
+    print(f"\n{text_table(shown.table)}\n{shown.lead}\n{shown.measured}\n")
+    lines = {"report": report, students: output / students, "try it": shown.next_step}
+    width = 1 + max(map(len, lines))
+    print("\n".join(f"{name + ':':<{width}} {value}" for name, value in lines.items()))
 
 
 def stream_arguments(block: Mapping[str, Any], scratch: Path, seed: int) -> TrainingArguments:

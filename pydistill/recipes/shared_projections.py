@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -54,7 +53,6 @@ from pydistill.plan import (
 from pydistill.recipes.costs import costs_of, how_speed_is_measured
 from pydistill.recipes.pretraining import (
     ROWS_PER_BATCH,
-    TIMED_BATCHES,
     TRAINING_FILE,
     CorpusRun,
     check_length,
@@ -66,17 +64,25 @@ from pydistill.recipes.pretraining import (
     describe_run,
     describe_sizes,
     fingerprint,
+    finish,
     first_texts,
     first_tokens,
     rows_per_step,
     rows_until,
+    seconds_per_step,
     stream_arguments,
 )
 from pydistill.recipes.shared_projections_report import SEGMENTATION_FILE, page
 from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
-from pydistill.report import METRICS_FILE, REPORT_FILE, text_table, write_report, write_text
+from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.encoder import make_student, smaller_config
-from pydistill.students.mixed_vocab import DualTraining, MixedVocabularyTeacher, held_out_losses, student_config
+from pydistill.students.mixed_vocab import (
+    DualTraining,
+    MixedVocabularyTeacher,
+    held_out_losses,
+    second_table,
+    student_config,
+)
 from pydistill.trainer import DistillationTrainer
 
 Arm = Literal["no_kd", "dual", "down", "up"]
@@ -154,6 +160,12 @@ class ObjectiveSection(Section):
         "sum", description="of the squares of each weight, or of each word's states"
     )
     next_sentence: bool = Field(False, description="both also predict whether two halves of a text belong together")
+
+    @model_validator(mode="after")
+    def _chooses_among_weights(self) -> ObjectiveSection:
+        if self.projected == "hidden_states" and not (self.project_embeddings and self.project_norms):
+            raise ValueError("project_embeddings and project_norms choose among parameters: leave them out")
+        return self
 
 
 class PictureSection(Section):
@@ -330,7 +342,7 @@ def _describe(result: SharedProjectionsPlan) -> None:
         left_out = "".join(
             f", without {what}"
             for what, there in (("tables of pieces", term.project_embeddings), ("LayerNorms", term.project_norms))
-            if term.projected == "parameters" and not there
+            if not there
         )
         result.add(
             "loss",
@@ -352,7 +364,6 @@ def _dry_run(result: SharedProjectionsPlan) -> None:
     arms = sorted(config.arms, key=("no_kd", "dual", "up", "down").index)  # by what they cost
     seconds: dict[Arm, float] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = config.train.get("per_device_train_batch_size", ROWS_PER_BATCH)
     for arm in dict.fromkeys((arms[0], arms[-1])):
         step = _dual_training(result, arm, vocabulary).to(device).train()
         if arm == arms[-1] and step.objective.teacher is not None:
@@ -360,14 +371,7 @@ def _dry_run(result: SharedProjectionsPlan) -> None:
             result.add("teacher", "parameters", f"{count:,}, with both tables")
         stream = iter(load_corpus(config.corpus, result.tokenizer, seed=config.seed, as_texts=True))
         collate = _collator(config, result.tokenizer, vocabulary)
-        for number in range(1 + TIMED_BATCHES):
-            if number == 1:
-                start = time.perf_counter()
-            batch = collate(list(itertools.islice(stream, rows)))
-            loss = step(**{name: value.to(device) for name, value in batch.items()}).loss
-            assert loss is not None
-            loss.backward()
-        each = (time.perf_counter() - start) / TIMED_BATCHES * config.train.get("gradient_accumulation_steps", 1)
+        each = seconds_per_step(step, stream, collate, config.train)
         seconds[arm] = each * config.train["max_steps"]
         result.add("student", f"pace of {arm}", f"{each:.2f} s a step, about {duration(seconds[arm])} in all")
     if len(arms) > 1:
@@ -416,11 +420,7 @@ def _run(plan: SharedProjectionsPlan) -> dict[str, Any]:
     }
     shown = example(_segmenter(config, plan.tokenizer, vocabulary), config.picture.sentence)
     write_text(plan.output / SEGMENTATION_FILE, json.dumps(shown))
-    write_text(plan.output / METRICS_FILE, json.dumps(results, indent=1))
-    shutil.rmtree(plan.output / WORK, ignore_errors=True)
-    report, drawn = write_report(plan.output, page)
-    print(f"\n{text_table(drawn.table)}\n{drawn.lead}\n{drawn.measured}\n")
-    print(f"report:   {report}\nstudents: {plan.output / 'students'}\ntry it:   {drawn.next_step}")
+    finish(plan.output, results, page, "students")
     return results
 
 
@@ -518,7 +518,9 @@ def _from_the_teacher(
     """The student made of the teacher's weights, see `make_student`, of a teacher that reads the student's pieces."""
     config = plan.config
     reader = cast(PreTrainedModel, copy.deepcopy(model.base_model))
-    reader.set_input_embeddings(MixedVocabularyTeacher(model, plan.tokenizer, vocabulary).student_embeddings)
+    own = cast(nn.Embedding, reader.get_input_embeddings())
+    table = second_table(own.weight.detach(), plan.tokenizer, vocabulary)
+    reader.set_input_embeddings(nn.Embedding.from_pretrained(table))
     texts = load_corpus(config.corpus, vocabulary).first_texts(config.sample_tokens // 2)
     return make_student(
         reader,

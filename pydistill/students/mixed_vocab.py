@@ -112,9 +112,8 @@ class MixedVocabularyTeacher(nn.Module):
     A piece is looked up in the table of the vocabulary that cut its word. A masked piece is predicted over that
     vocabulary alone: one head, two tied softmaxes. Everything trains but the pooler, which nothing reads.
 
-    The second table starts from the first: the row of the same piece, or the mean of the rows of the pieces that the
-    teacher cuts it into (ours; the paper does not say). The head is the model's own where it is a
-    ``BertForMaskedLM``; others get a new one, which has to be trained: `new_head` says so.
+    The second table starts from the first, see `second_table` (ours; the paper does not say). The head is the model's
+    own where it is a ``BertForMaskedLM``; others get a new one, which has to be trained: `new_head` says so.
 
     Args:
         model: an encoder of BERT's kind, with or without a head; taken over, not copied.
@@ -149,7 +148,7 @@ class MixedVocabularyTeacher(nn.Module):
         if rows < len(tokenizer):
             _fail("MixedVocabularyTeacher", f"the model has {rows} embeddings, the tokenizer {len(tokenizer)} pieces")
         self.student_embeddings = nn.Embedding.from_pretrained(
-            _second_table(self.table.detach(), tokenizer, student_tokenizer), freeze=False
+            second_table(self.table.detach(), tokenizer, student_tokenizer), freeze=False
         )
         for pretrained in (self.encoder, self.student_embeddings):
             pretrained.learning_rate_scale = learning_rate_scale
@@ -200,7 +199,11 @@ class MixedVocabularyTeacher(nn.Module):
         return own + other
 
 
-def _second_table(table: Tensor, tokenizer: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Tensor:
+def second_table(table: Tensor, tokenizer: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Tensor:
+    """Return what a teacher's ``table`` ``[V, E]`` says of the student's pieces, ``[V_s, E]``.
+
+    The row of the same piece, or the mean of the rows of the pieces that the teacher cuts it into.
+    """
     known = tokenizer.get_vocab()
     model = check_wordpiece("teacher", tokenizer).model
 
@@ -416,8 +419,8 @@ class DualTraining(Distiller):
 
     The paper's rows: NoKD is ``teacher=None``; DualTrain ``direction=None``; DualTrain+SharedProjDown ``"down"``;
     DualTrain+SharedProjUp ``"up"``. Without a projection the two have nothing in common but the step: the student
-    learns what it would learn alone. ``projected="embeddings"`` is the least that ties them, by the table of pieces
-    that the teacher has learned to use in its own contexts.
+    gets the gradients that it would get alone. ``projected="embeddings"`` is the least that ties them, by the table of
+    pieces that the teacher has learned to use in its own contexts.
 
     A `Distiller` whose teacher is no guest: it trains, and its weights lie with the objective's. `DistillationTrainer`
     takes it: checkpoints hold the student alone in hub format, and teacher, head and projections beside it in
