@@ -1,45 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// START HERE (native): the schema of every op, and the Python module with build information and raw kernel entry
-// points. The implementations register themselves in csrc/<loss>.cpp.
+// START HERE (native): the Python module with build information and raw loops. The schemas of the ops are in
+// pydistill/_schemas.py; their implementations register themselves in csrc/<loss>.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/isa.h"
-
-STABLE_TORCH_LIBRARY(pydistill, m) {
-  // Loss, gradient of the student's logits (empty unless asked for), and the factor that is still to be applied to it.
-  m.def(
-      "soft_target(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? num_items, str divergence, "
-      "float temperature, float hard_weight, float jsd_beta, bool scale_by_temperature, int ignore_index, "
-      "str reduction, bool with_gradient) -> (Tensor loss, Tensor gradient, Tensor gradient_scale)");
-  // The same with the gradient written over the student's logits.
-  m.def(
-      "soft_target_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? num_items, str "
-      "divergence, "
-      "float temperature, float hard_weight, float jsd_beta, bool scale_by_temperature, int ignore_index, "
-      "str reduction) -> (Tensor loss, Tensor gradient_scale)");
-  // Relations are pairs of slots (0 queries, 1 keys, 2 values), each slot in one relation at most. Weighted loss, the
-  // value of each relation, gradients of the student's slots (empty where not asked for), and the factor that is still
-  // to be applied to them. With row_weights ("none") the gradient is that of the values weighted by row.
-  m.def(
-      "attention_relation(Tensor? student_q, Tensor? student_k, Tensor? student_v, Tensor? teacher_q, Tensor? "
-      "teacher_k, Tensor? teacher_v, int[] relations, float[] weights, Tensor? mask, Tensor? segment_ids, Tensor? "
-      "num_items, Tensor? row_weights, bool causal, int? relation_heads, float? scale, str reduction, bool "
-      "with_gradient) -> (Tensor loss, Tensor parts, Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor "
-      "gradient_scale)");
-  // With `up` the student's rows are projected, projection [ds, dt], otherwise the teacher's, [dt, ds]. Loss, gradients
-  // (empty where not asked for; those of projection and bias in fp32, fp64 for fp64), and the factor that is still to
-  // be applied to the student's. With row_weights ("none") the gradients are those of the values weighted by row.
-  m.def(
-      "projected_mse(Tensor student, Tensor teacher, Tensor projection, Tensor? bias, Tensor? mask, Tensor? num_items, "
-      "Tensor? row_weights, bool up, bool normalize, str method, str reduction, bool with_student, bool "
-      "with_projection, bool with_bias) -> (Tensor loss, Tensor grad_student, Tensor grad_projection, Tensor "
-      "grad_bias, Tensor gradient_scale)");
-  // rows *= scale, one factor for all or one per row; nothing is touched where the factor is 1.
-  m.def("scale_rows_(Tensor(a!) rows, Tensor scale) -> ()");
-}
 
 namespace {
 

@@ -6,13 +6,15 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from functools import cache
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
+from pydistill import _schemas
 from pydistill._version import __version__
 
 IMPLEMENTATIONS = ("auto", "reference", "cpp", "triton", "cuda")
@@ -39,20 +41,59 @@ def _load_native() -> tuple[ModuleType | None, str]:
     return _C, f"compiled extension {_C.version}, instruction set {_C.isa()}"
 
 
+# The ops of compiled code and those of Triton: the same schemas under two names, so that `impl` can choose on a device.
+NAMESPACES = {"cpp": "pydistill", "cuda": "pydistill", "triton": "pydistill_triton"}
+_libraries = {namespace: _schemas.define(namespace) for namespace in sorted(set(NAMESPACES.values()))}
+
 native, native_reason = _load_native()
 
+LOSSES = ("soft_target", "attention_relation", "projected_mse")
+# Ops with Triton kernels, and the module of pydistill.kernels that has each.
+TRITON_OPS = {
+    "soft_target": "soft_target",
+    "soft_target_": "soft_target",
+    "scale_rows_": "scale_rows",
+}
+# Triton's interpreter runs its kernels on the CPU, slowly and exactly: for tests and for stepping through a kernel.
+interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Which implementations of each loss this installation has, with the reason for each that is missing.
-BACKENDS: dict[str, dict[str, Backend]] = {
-    loss: {
+
+def _load_triton() -> Backend:
+    """Registers the Triton kernels; each is imported, and Triton with it, when it is first called."""
+    if util.find_spec("triton") is None:
+        return Backend(False, "triton is not installed; pip install 'pydistill[triton]'")
+
+    def kernel(op: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            return getattr(import_module(f"pydistill.kernels.{TRITON_OPS[op]}"), op)(*arguments)
+
+        return call
+
+    for op in TRITON_OPS:
+        for key in ("CUDA", "CPU") if interpreting else ("CUDA",):
+            _libraries["pydistill_triton"].impl(op, kernel(op), key)
+    return Backend(True, f"triton {metadata.version('triton')}{', interpreted' if interpreting else ''}")
+
+
+def _backends(loss: str, triton: Backend) -> dict[str, Backend]:
+    return {
         "reference": Backend(True, "eager PyTorch, any device"),
         "cpp": Backend(native is not None, native_reason),
         "cuda": Backend(False, "this version has no CUDA kernel for this loss"),
-        "triton": Backend(False, "this version has no Triton kernel for this loss"),
+        "triton": triton if loss in TRITON_OPS else Backend(False, "this version has no Triton kernel for this loss"),
     }
-    for loss in ("soft_target", "attention_relation", "projected_mse")
-}
-PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+
+
+_triton = _load_triton()
+# Which implementations of each loss this installation has, with the reason for each that is missing.
+BACKENDS: dict[str, dict[str, Backend]] = {loss: _backends(loss, _triton) for loss in LOSSES}
+# Implementations that run on a type of device, best first. ROCm's devices are of type "cuda" too.
+PREFERRED = {"cpu": ("cpp", "triton") if interpreting else ("cpp",), "cuda": ("cuda", "triton")}
+
+
+def ops(impl: str) -> Any:
+    """The operators that `impl`, an implementation other than the reference, calls."""
+    return getattr(torch.ops, NAMESPACES[impl])
 
 
 @cache
@@ -92,7 +133,7 @@ def resolve(loss: str, device: torch.device, impl: str = "auto") -> str:
     if not available[impl].available:
         raise RuntimeError(
             f"{loss}: impl={impl!r} is not available: {available[impl].reason}. "
-            "Use impl='auto', or reinstall pydistill with a C++ compiler at hand."
+            "Use impl='auto'" + (", or reinstall pydistill with a C++ compiler at hand." if impl == "cpp" else ".")
         )
     return impl
 
@@ -124,5 +165,7 @@ def environment() -> dict[str, Any]:
     for loss, available in BACKENDS.items():
         for name, backend in available.items():
             report[f"{loss}: {name}"] = ("yes: " if backend.available else "no: ") + backend.reason
-        report[f"{loss}: auto on cpu"] = "cpp" if available["cpp"].available else "reference"
+        for device, preferred in PREFERRED.items():
+            fitting = [name for name in preferred if available[name].available]
+            report[f"{loss}: auto on {device}"] = fitting[0] if fitting else "reference"
     return report

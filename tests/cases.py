@@ -6,6 +6,7 @@ A new loss adds one LossCase here and one test module beside this file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,10 @@ Tensors = dict[str, Tensor]
 Keywords = Mapping[str, Any]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IMPLEMENTATIONS = [name for name in ("cpp",) if _dispatch.BACKENDS["soft_target"][name].available] + ["reference"]
+# PYDISTILL_TEST_IMPL: one implementation alone, in a process where it runs on the CPU (tests/test_triton.py).
+IMPLEMENTATIONS = [os.environ["PYDISTILL_TEST_IMPL"]] if "PYDISTILL_TEST_IMPL" in os.environ else ["reference"]
+if "PYDISTILL_TEST_IMPL" not in os.environ and _dispatch.BACKENDS["soft_target"]["cpp"].available:
+    IMPLEMENTATIONS.insert(0, "cpp")
 
 
 @dataclass(frozen=True)

@@ -181,10 +181,10 @@ def _check_tokens(student: Tensor, mask: Tensor | None, segment_ids: Tensor | No
 _OP_INPUTS = 17  # arguments of the op, of which the first three receive gradients
 
 
-def _register() -> None:
-    """Fake kernel and autograd of the compiled op. Autograd is written once, for every backend."""
+def _register(namespace: str) -> None:
+    """Fake kernel and autograd of the op in one namespace. They are written once, for every backend."""
 
-    @torch.library.register_fake("pydistill::attention_relation")
+    @torch.library.register_fake(f"{namespace}::attention_relation")
     def _(*arguments: Any) -> tuple[Tensor, ...]:
         students, relations = arguments[:3], arguments[6]
         relation_heads, reduction, with_gradient = arguments[13], arguments[15], arguments[16]
@@ -204,12 +204,12 @@ def _register() -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        _save(ctx, inputs, output)
+        _save(ctx, getattr(torch.ops, namespace), inputs, output)
 
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return *_student_gradients(ctx, grad_loss), *(None,) * (_OP_INPUTS - 3)
 
-    torch.library.register_autograd("pydistill::attention_relation", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace}::attention_relation", backward, setup_context=setup_context)
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:
@@ -217,9 +217,10 @@ def _with_unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.size(-1) < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, ops: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """What the backward needs: the gradients made by the forward, or, where each row's weight comes with the incoming
     gradient (``reduction="none"``), the inputs."""
+    ctx.ops = ops
     ctx.by_row = inputs[15] == "none"
     if ctx.by_row:
         ctx.tensors = [isinstance(value, Tensor) for value in inputs]
@@ -236,14 +237,14 @@ def _student_gradients(ctx: Any, grad_loss: Tensor | None) -> list[Tensor | None
     if not ctx.by_row:
         *gradients, gradient_scale = ctx.saved_tensors
         return [
-            scaled(LOSS, gradient, grad_loss * gradient_scale) if given else None
+            scaled(LOSS, ctx.ops, gradient, grad_loss * gradient_scale) if given else None
             for gradient, given in zip(gradients, ctx.students, strict=True)
         ]
     check_first_order(LOSS)
     saved = iter(ctx.saved_tensors)
     inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
     inputs[11], inputs[16] = grad_loss, True
-    gradients = torch.ops.pydistill.attention_relation(*inputs)[2:5]
+    gradients = ctx.ops.attention_relation(*inputs)[2:5]
     return [gradient if inputs[slot] is not None else None for slot, gradient in enumerate(gradients)]
 
 
@@ -251,24 +252,25 @@ class _FusedAttentionRelation(torch.autograd.Function):
     """The op in eager mode, without torch's generic wrapper (see soft_target)."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, ops: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         # The incoming gradient decides about rows: nothing to compute before it is there.
         with_gradient = inputs[15] != "none"
-        output = torch.ops.pydistill.attention_relation(*inputs, with_gradient)
+        output = ops.attention_relation(*inputs, with_gradient)
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, (*inputs, with_gradient), output)
+        _save(ctx, ops, (*inputs, with_gradient), output)
         return output[0], output[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return *_student_gradients(ctx, grads[0]), *(None,) * (_OP_INPUTS - 4)
+        return None, *_student_gradients(ctx, grads[0]), *(None,) * (_OP_INPUTS - 4)
 
 
-if _dispatch.native is not None:
-    _register()
+for _namespace in sorted(set(_dispatch.NAMESPACES.values())):
+    _register(_namespace)
 
 
 def _call(
+    ops: Any,
     students: list[Tensor | None],
     teachers: list[Tensor | None],
     relations: list[int],
@@ -303,8 +305,8 @@ def _call(
     )
     with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in students)
     if with_gradient and not torch.compiler.is_compiling():
-        return _FusedAttentionRelation.apply(*inputs)
-    loss, parts, *_ = torch.ops.pydistill.attention_relation(*inputs, with_gradient and reduction != "none")
+        return _FusedAttentionRelation.apply(ops, *inputs)
+    loss, parts, *_ = ops.attention_relation(*inputs, with_gradient and reduction != "none")
     return loss, parts
 
 
@@ -377,7 +379,8 @@ def attention_relation_loss(
         _check_pair("teacher", teacher_a, teacher_b)
     _check_heads(student_a, teacher_a, relation_heads)
     _check_tokens(student_a, mask, segment_ids)
-    if _dispatch.resolve(LOSS, student_a.device, impl) == "reference":
+    resolved = _dispatch.resolve(LOSS, student_a.device, impl)
+    if resolved == "reference":
         return attention_relation_reference(
             student_a,
             student_b,
@@ -399,7 +402,18 @@ def attention_relation_loss(
         teachers[1] = _repeat_heads(teacher_b, teacher_a.size(1))
         relations = [0, 1]
     return _call(
-        students, teachers, relations, [1.0], mask, segment_ids, num_items, causal, relation_heads, scale, reduction
+        _dispatch.ops(resolved),
+        students,
+        teachers,
+        relations,
+        [1.0],
+        mask,
+        segment_ids,
+        num_items,
+        causal,
+        relation_heads,
+        scale,
+        reduction,
     )[0]
 
 
@@ -457,9 +471,9 @@ def attention_relations_loss(
     apart = len(set(used)) != len(used) or any(
         tensors[a][side].size(1) != tensors[b][side].size(1) for a, b in pairs for side in (0, 1)
     )
-    fused = _dispatch.resolve(LOSS, tensors[used[0]][0].device, impl) != "reference"
+    resolved = _dispatch.resolve(LOSS, tensors[used[0]][0].device, impl)
     parts: dict[str, Tensor] = {}
-    if apart or not fused or len(pairs) == 1:
+    if apart or resolved == "reference" or len(pairs) == 1:
         total: Tensor | None = None
         for (a, b), weight in zip(pairs, weights, strict=True):
             value = attention_relation_loss(
@@ -486,7 +500,18 @@ def attention_relations_loss(
     students, teachers = ([tensors[x][side] if x in used else None for x in SLOTS] for side in (0, 1))
     slots = [SLOTS[letter] for pair in pairs for letter in pair]
     loss, values = _call(
-        students, teachers, slots, weights, mask, segment_ids, num_items, causal, relation_heads, scale, reduction
+        _dispatch.ops(resolved),
+        students,
+        teachers,
+        slots,
+        weights,
+        mask,
+        segment_ids,
+        num_items,
+        causal,
+        relation_heads,
+        scale,
+        reduction,
     )
     return loss, dict(zip(names, values.unbind(), strict=True))
 

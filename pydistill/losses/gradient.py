@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def scaled(loss: str, gradient: Tensor, scale: Tensor) -> Tensor:
-    """`gradient` times the incoming gradient, a 0-d tensor or one value per row; `loss` is named in errors.
+def scaled(loss: str, ops: Any, gradient: Tensor, scale: Tensor) -> Tensor:
+    """`gradient` times the incoming gradient, a 0-d tensor or one value per row; `loss` is named in errors, `ops` are
+    those of the implementation that made the gradient.
 
     `gradient` must be dense. It is scaled in place, unless it may be asked for again.
     """
@@ -20,7 +23,7 @@ def scaled(loss: str, gradient: Tensor, scale: Tensor) -> Tensor:
         gradient = gradient.clone()
     # In the order of memory, where that is not the order of dimensions.
     rows = gradient if gradient.is_contiguous() else gradient.as_strided((gradient.numel(),), (1,))
-    torch.ops.pydistill.scale_rows_(rows, scale)
+    ops.scale_rows_(rows, scale)
     return gradient
 
 

@@ -148,10 +148,10 @@ _STUDENT, _PROJECTION, _BIAS = 0, 2, 3  # those that receive gradients
 _WEIGHTS, _REDUCTION = 6, 10
 
 
-def _register() -> None:
-    """Fake kernel and autograd of the compiled op. Autograd is written once, for every backend."""
+def _register(namespace: str) -> None:
+    """Fake kernel and autograd of the op in one namespace. They are written once, for every backend."""
 
-    @torch.library.register_fake("pydistill::projected_mse")
+    @torch.library.register_fake(f"{namespace}::projected_mse")
     def _(*arguments: Any) -> tuple[Tensor, ...]:
         student, projection, reduction = arguments[_STUDENT], arguments[_PROJECTION], arguments[_REDUCTION]
         with_student, with_projection, with_bias = arguments[_OP_INPUTS - 3 :]
@@ -167,17 +167,18 @@ def _register() -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        _save(ctx, inputs, output)
+        _save(ctx, getattr(torch.ops, namespace), inputs, output)
 
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad_loss, _OP_INPUTS)
+        return _gradients(ctx, grad_loss, ctx.needs_input_grad)
 
-    torch.library.register_autograd("pydistill::projected_mse", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace}::projected_mse", backward, setup_context=setup_context)
 
 
-def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, ops: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """What the backward needs: the gradients made by the forward, or, where each row's weight comes with the incoming
     gradient (``reduction="none"``), the inputs."""
+    ctx.ops = ops
     ctx.by_row = inputs[_REDUCTION] == "none"
     ctx.dtype = inputs[_PROJECTION].dtype
     if ctx.by_row:
@@ -188,26 +189,26 @@ def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         ctx.save_for_backward(*output[1:])
 
 
-def _gradients(ctx: Any, grad_loss: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
-    """Gradients of all `count` inputs of a function; those of projection and bias come in the loss's dtype."""
-    wanted = [ctx.needs_input_grad[place] for place in (_STUDENT, _PROJECTION, _BIAS)]
+def _gradients(ctx: Any, grad_loss: Tensor | None, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs, of which some are needed; those of projection and bias come in the loss's dtype."""
+    wanted = [needed[place] for place in (_STUDENT, _PROJECTION, _BIAS)]
     if grad_loss is None or not any(wanted):
-        return (None,) * count
+        return (None,) * len(needed)
     found: Sequence[Tensor]
     if ctx.by_row:
         check_first_order(LOSS)
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
         inputs[_WEIGHTS], inputs[_OP_INPUTS - 3 :] = grad_loss, wanted
-        found = torch.ops.pydistill.projected_mse(*inputs)[1:4]
+        found = ctx.ops.projected_mse(*inputs)[1:4]
     else:
         *found, gradient_scale = ctx.saved_tensors
         factors = (grad_loss * gradient_scale, grad_loss, grad_loss)
         found = [
-            scaled(LOSS, gradient, factor) if asked else gradient
+            scaled(LOSS, ctx.ops, gradient, factor) if asked else gradient
             for gradient, factor, asked in zip(found, factors, wanted, strict=True)
         ]
-    gradients: list[Tensor | None] = [None] * count
+    gradients: list[Tensor | None] = [None] * len(needed)
     if wanted[0]:
         gradients[_STUDENT] = found[0]
     for place, gradient, asked in zip((_PROJECTION, _BIAS), found[1:], wanted[1:], strict=True):
@@ -220,24 +221,26 @@ class _FusedProjectedMse(torch.autograd.Function):
     """The op in eager mode, without torch's generic wrapper (see soft_target)."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, ops: Any, *inputs: Any) -> Tensor:
         # The incoming gradient decides about rows: nothing to compute before it is there.
         now = inputs[_REDUCTION] != "none"
-        wanted = [now and ctx.needs_input_grad[place] for place in (_STUDENT, _PROJECTION, _BIAS)]
-        output = torch.ops.pydistill.projected_mse(*inputs, *wanted)
-        _save(ctx, (*inputs, *wanted), output)
+        needed = ctx.needs_input_grad[1:]
+        wanted = [now and needed[place] for place in (_STUDENT, _PROJECTION, _BIAS)]
+        output = ops.projected_mse(*inputs, *wanted)
+        _save(ctx, ops, (*inputs, *wanted), output)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grads[0], _OP_INPUTS - 3)
+        return None, *_gradients(ctx, grads[0], ctx.needs_input_grad[1:])
 
 
-if _dispatch.native is not None:
-    _register()
+for _namespace in sorted(set(_dispatch.NAMESPACES.values())):
+    _register(_namespace)
 
 
 def _call(
+    ops: Any,
     student: Tensor,
     teacher: Tensor,
     projection: Tensor,
@@ -277,9 +280,9 @@ def _call(
         for tensor in (student, projection, bias)
     ]
     if any(wanted) and not torch.compiler.is_compiling():
-        loss = _FusedProjectedMse.apply(*inputs)
+        loss = _FusedProjectedMse.apply(ops, *inputs)
     else:
-        loss = torch.ops.pydistill.projected_mse(*inputs, *(asked and reduction != "none" for asked in wanted))[0]
+        loss = ops.projected_mse(*inputs, *(asked and reduction != "none" for asked in wanted))[0]
     return loss.view(student.shape[:-1]) if reduction == "none" else loss
 
 
@@ -344,7 +347,8 @@ def projected_mse_loss(
     up = _goes_up(student, teacher, projection, direction)
     if method == "gram" and not up:
         _fail("method 'gram' goes up, and this projection goes down, where it would save nothing; use 'direct'")
-    if _dispatch.resolve(LOSS, student.device, impl) == "reference":
+    resolved = _dispatch.resolve(LOSS, student.device, impl)
+    if resolved == "reference":
         return projected_mse_reference(
             student,
             teacher,
@@ -356,7 +360,8 @@ def projected_mse_loss(
             reduction=reduction,
             num_items=num_items,
         )
-    return _call(student, teacher, projection, bias, mask, up, normalize, method, reduction, num_items)
+    ops = _dispatch.ops(resolved)
+    return _call(ops, student, teacher, projection, bias, mask, up, normalize, method, reduction, num_items)
 
 
 # --------------------------------------------------------------------------- objective term

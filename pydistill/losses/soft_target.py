@@ -213,10 +213,10 @@ def _check_inplace(student_logits: Tensor, impl: str) -> None:
 # --------------------------------------------------------------------------- the compiled op
 
 
-def _register() -> None:
-    """Fake kernels and autograd of the compiled op. Autograd is written once, for every backend."""
+def _register(namespace: str) -> None:
+    """Fake kernels and autograd of the op in one namespace. They are written once, for every backend."""
 
-    @torch.library.register_fake("pydistill::soft_target")
+    @torch.library.register_fake(f"{namespace}::soft_target")
     def _(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
         reduction, with_gradient = options[-2:]
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -224,14 +224,14 @@ def _register() -> None:
         gradient = torch.empty(student.shape if with_gradient else (0,), dtype=student.dtype, device=student.device)
         return loss, gradient, student.new_empty((), dtype=dtype)
 
-    @torch.library.register_fake("pydistill::soft_target_")
+    @torch.library.register_fake(f"{namespace}::soft_target_")
     def _(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         reduction = options[-1]
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=dtype)
         return loss, student.new_empty((), dtype=dtype)
 
-    @torch.library.register_fake("pydistill::scale_rows_")
+    @torch.library.register_fake(f"{namespace}::scale_rows_")
     def _(rows: Tensor, scale: Tensor) -> None:
         return None
 
@@ -243,10 +243,11 @@ def _register() -> None:
 
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         gradient, gradient_scale = ctx.saved_tensors
-        grad_student = None if grad_loss is None else scaled(LOSS, gradient, grad_loss * gradient_scale)
-        return grad_student, *(None,) * 12
+        if grad_loss is None:
+            return (None,) * 13
+        return scaled(LOSS, getattr(torch.ops, namespace), gradient, grad_loss * gradient_scale), *(None,) * 12
 
-    torch.library.register_autograd("pydistill::soft_target", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace}::soft_target", backward, setup_context=setup_context)
 
 
 class _FusedSoftTarget(torch.autograd.Function):
@@ -258,25 +259,26 @@ class _FusedSoftTarget(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, inplace: bool, *options: Any) -> Tensor:
+    def forward(ctx: Any, ops: Any, student: Tensor, teacher: Tensor, inplace: bool, *options: Any) -> Tensor:
         if inplace:
             gradient = student.detach()
-            loss, gradient_scale = torch.ops.pydistill.soft_target_(gradient, teacher, *options)
+            loss, gradient_scale = ops.soft_target_(gradient, teacher, *options)
             # The dispatcher does not count writes of compiled ops.
             torch.autograd.graph.increment_version(gradient)
         else:
-            loss, gradient, gradient_scale = torch.ops.pydistill.soft_target(student, teacher, *options, True)
+            loss, gradient, gradient_scale = ops.soft_target(student, teacher, *options, True)
+        ctx.ops = ops
         ctx.save_for_backward(gradient, gradient_scale)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         gradient, gradient_scale = ctx.saved_tensors
-        return scaled(LOSS, gradient, grads[0] * gradient_scale), *(None,) * 12
+        return None, scaled(LOSS, ctx.ops, gradient, grads[0] * gradient_scale), *(None,) * 12
 
 
-if _dispatch.native is not None:
-    _register()
+for _namespace in sorted(set(_dispatch.NAMESPACES.values())):
+    _register(_namespace)
 
 
 # --------------------------------------------------------------------------- public functions
@@ -391,9 +393,10 @@ def soft_target_loss(
         ignore_index,
         reduction,
     )
+    ops = _dispatch.ops(resolved)
     if with_gradient and not torch.compiler.is_compiling():
-        return _FusedSoftTarget.apply(student_logits, teacher_logits, inplace, *options)
-    return torch.ops.pydistill.soft_target(student_logits, teacher_logits, *options, with_gradient)[0]
+        return _FusedSoftTarget.apply(ops, student_logits, teacher_logits, inplace, *options)
+    return ops.soft_target(student_logits, teacher_logits, *options, with_gradient)[0]
 
 
 def sparse_soft_target_loss(
