@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels without a GPU: the numerics tests of each loss in Triton's interpreter, and how kernels are reached."""
+"""Triton kernels without a GPU: the numerics tests of every loss in its interpreter, and how kernels are reached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from processes import in_a_new_process, numerics_of
 from pydistill import _dispatch, soft_target_loss
 
 CASES = {case.name: case for case in (SOFT_TARGET, ATTENTION_RELATION, PROJECTED_MSE)}
-# What the interpreter, which is numpy, takes minutes for: many programs, or every variant in dtypes that differ by a cast.
+# What the interpreter, which is numpy, takes minutes for: many programs, and dtypes that differ by a cast.
 TOO_SLOW = {
     "soft_target": "every_class_count and not forward_kl-fp32 or running_maximum or fp64 or (fp16 and scale_100)"
 }
