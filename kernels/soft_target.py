@@ -291,6 +291,7 @@ def _pair(number: float) -> tuple[float, float]:
 def _compute(
     student: Tensor,
     teacher: Tensor,
+    gradient: Tensor | None,
     labels: Tensor | None,
     mask: Tensor | None,
     num_items: Tensor | None,
@@ -301,7 +302,6 @@ def _compute(
     scale_by_temperature: bool,
     ignore_index: int,
     reduction: str,
-    gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and what backward applies to the gradient, which is written to `gradient`."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -339,12 +339,12 @@ def _compute(
 
 def soft_target(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `soft_target`: see `pydistill._schemas`."""
-    *options, with_gradient = options
+    *settings, with_gradient = options
     gradient = torch.empty(student.shape if with_gradient else (0,), dtype=student.dtype, device=student.device)
-    loss, gradient_scale = _compute(student, teacher, *options, gradient if with_gradient else None)
+    loss, gradient_scale = _compute(student, teacher, gradient if with_gradient else None, *settings)
     return loss, gradient, gradient_scale
 
 
 def soft_target_(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The op `soft_target_`, which writes the gradient over the student's logits: see `pydistill._schemas`."""
-    return _compute(student, teacher, *options, student)
+    return _compute(student, teacher, student, *options)
