@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -23,12 +24,10 @@ void stream(uintptr_t a, uintptr_t b, uintptr_t out, int64_t n) {
   });
 }
 
-// PYDISTILL_CUDA_ARCHITECTURES, a list with semicolons, empty where CUDA was left out.
+// PYDISTILL_CUDA_ARCHITECTURES is "8.0 9.0 10.0+PTX", or empty where CUDA was left out.
 std::vector<std::string> cuda_architectures() {
-  std::vector<std::string> found;
   std::istringstream list(PYDISTILL_CUDA_ARCHITECTURES);
-  for (std::string one; std::getline(list, one, ';');) found.push_back(one);
-  return found;
+  return {std::istream_iterator<std::string>(list), {}};
 }
 
 // The same loop on every thread; returns what all of them did.

@@ -47,6 +47,28 @@ __device__ __forceinline__ void store(const Vector<S, N>& x, S* p) {
   *reinterpret_cast<Vector<S, N>*>(p) = x;
 }
 
+// The same where the address may not be a multiple of the vector's size: element by element then.
+template <int N, class S>
+__device__ __forceinline__ Vector<S, N> load(const S* p, bool aligned) {
+  if (N == 1 || aligned) return load<N>(p);
+  Vector<S, N> x;
+#pragma unroll
+  for (int i = 0; i < N; ++i) x.lanes[i] = p[i];
+  return x;
+}
+
+template <class S, int N>
+__device__ __forceinline__ void store(const Vector<S, N>& x, S* p, bool aligned) {
+  if (N == 1 || aligned) return store(x, p);
+#pragma unroll
+  for (int i = 0; i < N; ++i) p[i] = x.lanes[i];
+}
+
+// How far behind a multiple of 16 bytes something lies.
+__device__ __forceinline__ int phase_of(const void* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % vector_bytes);
+}
+
 template <class S, int N>
 __device__ __forceinline__ void widen(const Vector<S, N>& x, float (&out)[N]) {
 #pragma unroll

@@ -147,11 +147,10 @@ __global__ void __launch_bounds__(most_threads) soft_target_rows(const SoftTarge
   if (r >= a.rows) return;
   const S *student = row_of<S>(a.student, r), *teacher = row_of<S>(a.teacher, r);
   S* const grad = a.grad == nullptr ? nullptr : static_cast<S*>(a.grad) + r * a.classes;
-  const Span span = span_of<S>(a.classes, student, teacher, grad == nullptr ? student : grad);
 
   if (!valid_row(a.mask, a.labels, a.ignore_index, r)) {
     if (grad != nullptr)
-      walk<S>(team, span, [&](auto width, int i) {
+      walk<S>(team, pieces_of(a.classes, grad), [&](auto width, int i) {
         constexpr int n = decltype(width)::value;
         const float zeros[n] = {};
         Vector<S, n> out;
@@ -168,8 +167,8 @@ __global__ void __launch_bounds__(most_threads) soft_target_rows(const SoftTarge
     // At the same distance from a 16-byte boundary as the row itself.
     const int side = static_cast<int>(soft_target_kept_bytes(a.classes, sizeof(S)));
     unsigned char* const kept = shared + soft_target_slots_bytes(team.size) + 2 * in_block * side;
-    kept_student = reinterpret_cast<S*>(kept + reinterpret_cast<uintptr_t>(student) % vector_bytes);
-    kept_teacher = reinterpret_cast<S*>(kept + side + reinterpret_cast<uintptr_t>(teacher) % vector_bytes);
+    kept_student = reinterpret_cast<S*>(kept + phase_of(student));
+    kept_teacher = reinterpret_cast<S*>(kept + side + phase_of(teacher));
   }
 
   const float inverse_T = a.inverse_temperature, exponent = log2e * inverse_T;
@@ -179,13 +178,15 @@ __global__ void __launch_bounds__(most_threads) soft_target_rows(const SoftTarge
   // A kernel cannot raise: a label that is no class makes its row NaN.
   float label_logit = a.hard && label < 0 ? NAN : 0.0f;
 
+  const bool aligned_student = phase_of(student) == 0, aligned_teacher = phase_of(teacher) == 0;
   SoftTargetSums<D> sums;
-  walk<S>(team, span, [&](auto width, int i) {
+  walk<S>(team, pieces_of<S>(a.classes), [&](auto width, int i) {
     constexpr int n = decltype(width)::value;
-    const auto raw_student = load<n>(student + i), raw_teacher = load<n>(teacher + i);
+    const auto raw_student = load<n>(student + i, aligned_student);
+    const auto raw_teacher = load<n>(teacher + i, aligned_teacher);
     if constexpr (cached) {
-      store(raw_student, kept_student + i);
-      store(raw_teacher, kept_teacher + i);
+      store(raw_student, kept_student + i, aligned_student);
+      store(raw_teacher, kept_teacher + i, aligned_teacher);
     }
     float s[n], t[n];
     widen(raw_student, s);
@@ -251,11 +252,11 @@ __global__ void __launch_bounds__(most_threads) soft_target_rows(const SoftTarge
   };
   if constexpr (D == Divergence::jsd) {
     float kl[2] = {0, 0};  // KL(p||m), KL(q||m)
-    walk<S>(team, span, [&](auto width, int i) {
+    walk<S>(team, pieces_of<S>(a.classes), [&](auto width, int i) {
       constexpr int n = decltype(width)::value;
       float s[n], t[n];
-      widen(load<n>(student_again + i), s);
-      widen(load<n>(teacher_again + i), t);
+      widen(load<n>(student_again + i, aligned_student), s);
+      widen(load<n>(teacher_again + i, aligned_teacher), t);
 #pragma unroll
       for (int k = 0; k < n; ++k) {
         float p, q, log_p, log_q;
@@ -268,6 +269,27 @@ __global__ void __launch_bounds__(most_threads) soft_target_rows(const SoftTarge
     kl_student = kl[1];
     divergence = at_least_zero(fmaf(a.jsd_beta, kl[0] - kl[1], kl[1]));
   }
+  float mean = 0, rest = 0;  // of T log(q / p) under q, less what the sums contribute
+  if constexpr (D == Divergence::reverse_kl) {
+    if (grad != nullptr) {
+      // Its gradient is a difference from this mean, which may be large: what the first walk's rounding left is added.
+      mean = product / z_student;
+      float left[1] = {0};
+      walk<S>(team, pieces_of<S>(a.classes), [&](auto width, int i) {
+        constexpr int n = decltype(width)::value;
+        float s[n], t[n];
+        widen(load<n>(student_again + i, aligned_student), s);
+        widen(load<n>(teacher_again + i, aligned_teacher), t);
+#pragma unroll
+        for (int k = 0; k < n; ++k) {
+          const float ds = s[k] - ref_student, dt = t[k] - ref_teacher, es = exp2f(ds * exponent);
+          left[0] = fmaf(es, unless_zero(es, ds - dt) - mean, left[0]);
+        }
+      });
+      reduce<Sum>(team, left, slots + 7 * warp_size);
+      rest = left[0] / z_student;
+    }
+  }
   if (team.rank == 0) {
     float value = a.soft_value * divergence;
     if (a.hard) value = fmaf(a.hard_value, logf(z_hard) - (totals[4] - ref_student), value);
@@ -279,11 +301,13 @@ __global__ void __launch_bounds__(most_threads) soft_target_rows(const SoftTarge
   const float hard_grad = label < 0 ? NAN : a.scales->hard_grad;
   const float of_student = soft_grad * inverse_student, of_teacher = soft_grad * inverse_teacher;
   const float of_hard = hard_grad / z_hard;
-  walk<S>(team, span, [&](auto width, int i) {
+  // Element by element: how the row is cut does not matter, and 16-byte stores do.
+  const bool with_student = phase_of(student) == phase_of(grad), with_teacher = phase_of(teacher) == phase_of(grad);
+  walk<S>(team, pieces_of(a.classes, grad), [&](auto width, int i) {
     constexpr int n = decltype(width)::value;
     float s[n], t[n], g[n];
-    widen(load<n>(student_again + i), s);
-    widen(load<n>(teacher_again + i), t);
+    widen(load<n>(student_again + i, with_student), s);
+    widen(load<n>(teacher_again + i, with_teacher), t);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       [[maybe_unused]] const float ds = s[k] - ref_student, dt = t[k] - ref_teacher;
@@ -296,7 +320,7 @@ __global__ void __launch_bounds__(most_threads) soft_target_rows(const SoftTarge
       } else {
         const float es = exp2f(ds * exponent);
         if (D == Divergence::reverse_kl)
-          g[k] = of_student * es * (unless_zero(es, ds - dt) * inverse_T - log_ratio - divergence);
+          g[k] = of_student * es * (inverse_T * (unless_zero(es, ds - dt) - mean - rest));
         else
           g[k] = fmaf(of_student, es, -of_teacher * exp2f(dt * exponent));
       }

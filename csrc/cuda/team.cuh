@@ -51,11 +51,15 @@ template <class T, int N>
 constexpr int reduction_bytes = warp_size * N * sizeof(T);
 
 // Each of N values combined over the team, in an order that depends on nothing but the team's size; every thread gets
-// the results. `slots` is shared memory that nothing else uses between two barriers.
+// the results. A barrier of the team: what its threads read and wrote before is done. `slots` is shared memory for this
+// one reduction.
 template <class Combine, class T, int N>
 __device__ __forceinline__ void reduce(const Team& team, T (&x)[N], T* slots) {
   reduce_within_warp<Combine>(team.lanes, min(team.size, warp_size), x);
-  if (team.size <= warp_size) return;
+  if (team.size <= warp_size) {
+    __syncwarp(team.lanes);
+    return;
+  }
   const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
   if (lane == 0) {
 #pragma unroll
@@ -73,31 +77,35 @@ struct Width {
   static constexpr int value = N;
 };
 
-// Where a row's 16-byte vectors lie: `head` single elements stand before them, the rest after.
-struct Span {
-  int size, head, vectors;
+// A row cut into pieces of 16 bytes: `head` single elements stand before the first, the rest after the last.
+struct Pieces {
+  int size, head, count;
 };
 
-// Vectors need an address that is a multiple of their size, in every tensor that is walked at the same time.
+// Cut from the first element on, wherever that lies in memory. The same elements fall to the same thread in every
+// layout, so that sums have the same bits. With fewer elements than a warp has threads, pieces would leave most without
+// work.
 template <class S>
-__device__ __forceinline__ Span span_of(int size, const S* a, const S* b, const S* c) {
+__device__ __forceinline__ Pieces pieces_of(int size) {
   constexpr int width = vector_bytes / sizeof(S);
-  const unsigned at = reinterpret_cast<uintptr_t>(a) % vector_bytes;
-  const bool together =
-      reinterpret_cast<uintptr_t>(b) % vector_bytes == at && reinterpret_cast<uintptr_t>(c) % vector_bytes == at;
-  // With fewer elements than threads in a warp, vectors would leave most threads without work.
-  if (!together || size <= warp_size) return {size, 0, 0};
-  const int head = (vector_bytes - at) % vector_bytes / sizeof(S);
-  return {size, head, (size - head) / width};
+  return {size, 0, size <= warp_size ? 0 : size / width};
 }
 
-// Calls body(Width<n>, i) for elements i .. i + n - 1 of a row, the same ones in the same thread every time.
-template <class S, class Body>
-__device__ __forceinline__ void walk(const Team& team, const Span& span, Body&& body) {
+// Cut where `out` allows 16-byte stores.
+template <class S>
+__device__ __forceinline__ Pieces pieces_of(int size, const S* out) {
   constexpr int width = vector_bytes / sizeof(S);
-  for (int v = team.rank; v < span.vectors; v += team.size) body(Width<width>(), span.head + v * width);
-  const int single = span.size - span.vectors * width;
-  for (int k = team.rank; k < single; k += team.size) body(Width<1>(), k < span.head ? k : k + span.vectors * width);
+  const int head = (vector_bytes - phase_of(out)) % vector_bytes / static_cast<int>(sizeof(S));
+  return {size, head, size <= warp_size ? 0 : (size - head) / width};
+}
+
+// Calls body(Width<n>, i) for elements i .. i + n - 1 of a row.
+template <class S, class Body>
+__device__ __forceinline__ void walk(const Team& team, const Pieces& pieces, Body&& body) {
+  constexpr int width = vector_bytes / sizeof(S);
+  for (int v = team.rank; v < pieces.count; v += team.size) body(Width<width>(), pieces.head + v * width);
+  const int single = pieces.size - pieces.count * width;
+  for (int k = team.rank; k < single; k += team.size) body(Width<1>(), k < pieces.head ? k : k + pieces.count * width);
 }
 
 }  // namespace pyd
