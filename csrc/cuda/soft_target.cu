@@ -76,6 +76,11 @@ cudaError_t launch_dtype(const SoftTargetProblem& p, const SoftTargetRows& a, cu
   return cudaErrorInvalidValue;
 }
 
+// Threads of the kernels that are one block: a row each, up to a full block.
+int single_block(int64_t rows) {
+  return static_cast<int>(std::clamp<int64_t>((rows + warp_size - 1) / warp_size * warp_size, warp_size, most_threads));
+}
+
 int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 }  // namespace
@@ -83,7 +88,7 @@ int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 int launch_soft_target(const SoftTargetProblem& p, const SoftTargetCuda& c, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   auto* const scales = static_cast<SoftTargetScales*>(c.scales);
-  PYD_LAUNCH(soft_target_scales, 1, most_threads, (reduction_bytes<double, 1>), stream, p.mask, p.labels,
+  PYD_LAUNCH(soft_target_scales, 1, single_block(p.rows), (reduction_bytes<double, 1>), stream, p.mask, p.labels,
              p.ignore_index, p.rows, c.mean, c.num_items, p.dtype == Dtype::f16, p.soft_value, p.hard_value, scales,
              c.gradient_scale);
   if (const auto error = cudaGetLastError()) return error;
@@ -107,7 +112,7 @@ int launch_soft_target(const SoftTargetProblem& p, const SoftTargetCuda& c, void
     if (const auto error = launch_dtype(p, a, stream)) return error;
   }
   if (c.loss == nullptr) return cudaSuccess;
-  PYD_LAUNCH(soft_target_total, 1, most_threads, (reduction_bytes<double, 1>), stream,
+  PYD_LAUNCH(soft_target_total, 1, single_block(p.rows), (reduction_bytes<double, 1>), stream,
              static_cast<const float*>(c.row_values), p.rows, static_cast<const SoftTargetScales*>(scales), c.loss);
   return cudaGetLastError();
 }

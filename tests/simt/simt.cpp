@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scheduler of simt.h, and the few functions of the CUDA runtime that launchers call.
+// The scheduler of simt.h, and the few functions of the CUDA runtime that launchers call. ThreadSanitizer is told what
+// is ordered (SIMT_THREAD_SANITIZER), but does not watch the scheduler itself.
 #include "simt.h"
 
 #include <sys/mman.h>
@@ -18,7 +19,7 @@
 #error "fibers are switched by a few lines of x86-64 assembly"
 #endif
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -116,14 +117,14 @@ std::mutex one_at_a_time;
 cudaError_t last_error = cudaSuccess;
 std::map<const void*, int> asked;  // shared memory that a kernel has asked for
 
-SIMT_HARNESS void acquire([[maybe_unused]] char& address) {
-#if defined(__SANITIZE_THREAD__)
+void acquire([[maybe_unused]] char& address) {
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_acquire(&address);
 #endif
 }
 
-SIMT_HARNESS void release([[maybe_unused]] char& address) {
-#if defined(__SANITIZE_THREAD__)
+void release([[maybe_unused]] char& address) {
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_release(&address);
 #endif
 }
@@ -144,9 +145,9 @@ Order order() {
 // Shared memory that a block of the simulated device can have: 227 KiB, as on sm_90, unless a test wants less.
 int most_shared() { return std::stoi(setting("PYDISTILL_SIMT_SHARED", "232448")); }
 
-SIMT_HARNESS void to_scheduler() {
+void to_scheduler() {
   Thread* const self = now.running;
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_switch_to_fiber(now.scheduler_fiber, 1);  // 1: the switch itself orders nothing
 #elif defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(self->state == State::done ? nullptr : &self->fake_stack, now.scheduler_bottom,
@@ -158,9 +159,9 @@ SIMT_HARNESS void to_scheduler() {
 #endif
 }
 
-SIMT_HARNESS void to_thread(Thread& thread) {
+void to_thread(Thread& thread) {
   now.running = &thread;
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_switch_to_fiber(thread.fiber, 1);
 #elif defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&now.scheduler_fake, thread.stack, stack_bytes);
@@ -172,14 +173,14 @@ SIMT_HARNESS void to_thread(Thread& thread) {
 }
 
 // Parks the running thread for good; the scheduler throws.
-[[noreturn]] SIMT_HARNESS void fail(const std::string& what) {
+[[noreturn]] void fail(const std::string& what) {
   now.error = what + " (block " + std::to_string(now.index.x) + ", thread " + std::to_string(now.running->index) + ")";
   now.running->state = State::done;
   to_scheduler();
   std::abort();
 }
 
-SIMT_HARNESS void entry() {
+void entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &now.scheduler_bottom, &now.scheduler_size);
 #endif
@@ -209,7 +210,7 @@ class Stacks {
   }
 
   void give(char* stack) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
     munmap(stack - page, stack_bytes + page);
 #else
 #if defined(__SANITIZE_ADDRESS__)
@@ -245,7 +246,7 @@ class Shared {
   Shared(const Shared&) = delete;
   Shared& operator=(const Shared&) = delete;
 
-  SIMT_HARNESS unsigned char* poisoned() {
+  unsigned char* poisoned() {
     for (size_t i = 0; i < bytes_; ++i) begin_[i] = 0xff;
     return begin_;
   }
@@ -255,13 +256,13 @@ class Shared {
   size_t bytes_, mapped_;
 };
 
-SIMT_HARNESS void start_thread(Thread& thread, int index) {
+void start_thread(Thread& thread, int index) {
   thread = Thread{};
   thread.index = index;
   const unsigned x = now.block.x, y = now.block.y, i = index;
   thread.position = {{i % x, i / x % y, i / (x * y)}, index % 32};
   thread.stack = stacks.take();
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   thread.fiber = __tsan_create_fiber(0);
 #endif
   // As simt_switch leaves a stack: six registers, then the return address, on a stack aligned as at a function's entry.
@@ -272,7 +273,7 @@ SIMT_HARNESS void start_thread(Thread& thread, int index) {
 }
 
 // Nobody can run: what do they wait for?
-SIMT_HARNESS void resolve_waiting() {
+void resolve_waiting() {
   int at_barrier = 0, in_collective = 0, done = 0;
   const Thread *first = nullptr, *other = nullptr, *caught = nullptr;
   for (const Thread& thread : now.threads) {
@@ -295,7 +296,7 @@ SIMT_HARNESS void resolve_waiting() {
     if (thread.state == State::at_barrier) thread.state = State::ready;
 }
 
-SIMT_HARNESS void run_block(std::mt19937_64& random, Order order, size_t shared_bytes) {
+void run_block(std::mt19937_64& random, Order order, size_t shared_bytes) {
   Shared shared(shared_bytes);
   now.shared = shared.poisoned();
   const int count = static_cast<int>(now.block.x * now.block.y * now.block.z);
@@ -322,7 +323,7 @@ SIMT_HARNESS void run_block(std::mt19937_64& random, Order order, size_t shared_
   }
   for (Thread& thread : now.threads) {
     stacks.give(thread.stack);
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
     __tsan_destroy_fiber(thread.fiber);
 #endif
   }
@@ -331,14 +332,13 @@ SIMT_HARNESS void run_block(std::mt19937_64& random, Order order, size_t shared_
 
 }  // namespace
 
-SIMT_HARNESS const Position& position() { return now.running->position; }
-SIMT_HARNESS uint3 block_index() { return now.index; }
-SIMT_HARNESS dim3 block_size() { return now.block; }
-SIMT_HARNESS dim3 grid_size() { return now.grid; }
-SIMT_HARNESS unsigned char* shared_memory() { return now.shared; }
+const Position& position() { return now.running->position; }
+uint3 block_index() { return now.index; }
+dim3 block_size() { return now.block; }
+dim3 grid_size() { return now.grid; }
+unsigned char* shared_memory() { return now.shared; }
 
-SIMT_HARNESS void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                      const std::function<void()>& body) {
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
@@ -353,7 +353,7 @@ SIMT_HARNESS void run(const void* kernel, dim3 grid, dim3 block, size_t shared_b
   now.grid = grid;
   now.block = block;
   now.body = &body;
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   now.scheduler_fiber = __tsan_get_current_fiber();
 #endif
   std::vector<uint64_t> turn(blocks);
@@ -367,7 +367,7 @@ SIMT_HARNESS void run(const void* kernel, dim3 grid, dim3 block, size_t shared_b
   acquire(now.at_end);
 }
 
-SIMT_HARNESS void barrier(const char* site) {
+void barrier(const char* site) {
   Thread& self = *now.running;
   release(now.at_barrier);
   self.site = site;
@@ -376,7 +376,7 @@ SIMT_HARNESS void barrier(const char* site) {
   acquire(now.at_barrier);
 }
 
-SIMT_HARNESS void collective(unsigned mask, const char* name, const void* input, void* output, Combine combine) {
+void collective(unsigned mask, const char* name, const void* input, void* output, Combine combine) {
   Thread& self = *now.running;
   if (!(mask >> self.position.lane & 1)) fail(std::string(name) + ": the calling lane is not in its mask");
   self.site = name;
@@ -408,18 +408,16 @@ SIMT_HARNESS void collective(unsigned mask, const char* name, const void* input,
     if (mask >> l & 1) now.threads[first + l].state = State::ready;
 }
 
-SIMT_HARNESS void sync_warp(unsigned mask) {
+void sync_warp(unsigned mask) {
   char& warp = now.in_warp[now.running->index / 32];
   release(warp);
   collective(mask, "__syncwarp", nullptr, nullptr, [](unsigned, const void* const*, void* const*) {});
   acquire(warp);
 }
 
-SIMT_HARNESS void copy_async(void* to, const void* from, size_t bytes) {
-  now.running->copies.push_back({to, from, bytes});
-}
+void copy_async(void* to, const void* from, size_t bytes) { now.running->copies.push_back({to, from, bytes}); }
 
-SIMT_HARNESS void commit_copies() {
+void commit_copies() {
   Thread& self = *now.running;
   self.groups.push_back(std::move(self.copies));
   self.copies.clear();
