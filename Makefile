@@ -35,7 +35,7 @@ PIP = -m pip --disable-pip-version-check
 PIP_INSTALL = $(PIP) install --quiet $(PIP_ARGS)
 
 # Folders are in the lists so that a removed file counts as a change.
-NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
+NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc)
 WHEEL_SOURCES = $(NATIVE_SOURCES) README.md LICENSE $(shell find kernels pydistill ! -path '*__pycache__*' ! -name '*.so')
 CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
