@@ -106,9 +106,9 @@ def _project(
     else:
         for start in range(0, k, BLOCK_K):
             features = start + tl.arange(0, BLOCK_K)
-            x = _load_rows(source, stride, rows, valid, features, k, projection.dtype.element_ty)
-            p = _load_projection(projection, features, columns, k, m)
-            y = tl.dot(x, p, y, input_precision="ieee", out_dtype=dtype)
+            tile_x = _load_rows(source, stride, rows, valid, features, k, projection.dtype.element_ty)
+            tile_p = _load_projection(projection, features, columns, k, m)
+            y = tl.dot(tile_x, tile_p, y, input_precision="ieee", out_dtype=dtype)
     inside = columns < m
     if bias is not None:
         y += tl.load(bias + columns, mask=inside, other=0.0).to(dtype)[None, :]
@@ -183,6 +183,7 @@ def _inverse_length(squares):
 def row_directions(
     source, target, projection, bias, mask, directions, count, k, m, source_stride, target_stride,
     WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """1 / |y|, 1 / |t| and <y, t> / (|y| |t|) of a block of rows: [R, 3]."""
     dtype: tl.constexpr = directions.dtype.element_ty
@@ -349,25 +350,30 @@ def add_parts(
 PROGRAMS = 512  # as many as keep a large device busy
 
 
-def _shape_of_program(dtype: torch.dtype, k: int, m: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Tiles of all kernels, of the one over rows and of the one over the projection, by the dtype of their products:
-    fixed, so that a new shape costs a compilation and no search."""
-    rows, widest, deep, warps, stages = {
-        torch.float64: (32, 32, 32, 4, 2),
-        torch.float32: (64, 64, 32, 8, 2),
-    }.get(dtype, (64, 64, 64, 4, 3))
-    whole = triton.next_power_of_2(max(k, 16))
-    fits = whole <= 2 * deep
-    tile = {
-        "WHOLE": fits,
-        "BLOCK_ROWS": rows,
-        "BLOCK_K": whole if fits else deep,
-        "BLOCK_M": min(widest, triton.next_power_of_2(max(m, 16))),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-    out = {"BLOCK_OUT": whole if fits else 2 * deep}
-    return tile, out, out
+def _tiles(dtype: torch.dtype, k: int, m: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tiles and warps of the kernels over rows, and of the one over the projection, by the dtype of their products:
+    fixed, so that a new shape costs a compilation and no search. Larger ones spill registers."""
+    features, width = (triton.next_power_of_2(max(size, 16)) for size in (k, m))
+    if dtype.itemsize > 2:  # no tensor cores: products are unrolled
+        whole, depths, over_rows, over_projection = 16, (16, 16), (32, 32), (32, 64)
+        outputs = 64 if dtype == torch.float32 else 32
+    else:
+        whole, depths, over_rows = 128, (64, 32), (64, 64)
+        over_projection = (64, 32 if features <= whole else 64)
+        outputs = 128
+
+    def tile(depth: int, rows: int, columns: int, stages: int) -> dict[str, Any]:
+        return {
+            "WHOLE": features <= whole,
+            "BLOCK_ROWS": rows,
+            "BLOCK_K": features if features <= whole else depth,
+            "BLOCK_M": min(width, columns),
+            "BLOCK_OUT": min(features, outputs),
+            "num_warps": 8,
+            "num_stages": stages,
+        }
+
+    return tile(depths[0], *over_rows, 2), tile(depths[1], *over_projection, 2)
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
@@ -407,8 +413,8 @@ def projected_mse(
     bias, mask, row_weights = (None if given is None else given.contiguous() for given in (bias, mask, row_weights))
     source, target = (_unit_stride(side) for side in ((student, teacher) if up else (teacher, student)))
     sizes = (count, k, m, source.stride(0), target.stride(0))
-    tile, out_of_rows, out_of_projection = _shape_of_program(projection.dtype, k, m)
-    blocks = triton.cdiv(count, tile["BLOCK_ROWS"])
+    over_rows, over_projection = _tiles(projection.dtype, k, m)
+    blocks = triton.cdiv(count, over_rows["BLOCK_ROWS"])
 
     count_rows[(1,)](
         mask, num_items, factors, gradient_scale, count, m, MEAN=reduction == "mean", BY_ROW=by_row,
@@ -417,28 +423,29 @@ def projected_mse(
     directions = fresh(True, count, 3) if normalize else None
     if normalize and count > 0:
         row_directions[(blocks,)](
-            source, target, projection, bias, mask, directions, *sizes, **tile, enable_fp_fusion=True
+            source, target, projection, bias, mask, directions, *sizes, **over_rows, enable_fp_fusion=True
         )  # fmt: skip
     squares = fresh(True, blocks)
     if count > 0:
-        parts_of_k = triton.cdiv(k, out_of_rows["BLOCK_OUT"]) if up and with_student else 1
+        parts_of_k = triton.cdiv(k, over_rows["BLOCK_OUT"]) if up and with_student else 1
         projected_mse_rows[(blocks, parts_of_k)](
             source, target, projection, bias, mask, row_weights, directions, factors, squares,
             loss if by_row else None, grad_student, *sizes,
             OF_SOURCE=up and with_student, OF_TARGET=with_student and not up,
-            **tile, **out_of_rows, enable_fp_fusion=True,
+            **over_rows, enable_fp_fusion=True,
         )  # fmt: skip
     wanted = with_projection or with_bias
     shares, parts = 0, fresh(False)
     if wanted and count > 0:
-        tiles = (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(k, out_of_projection["BLOCK_OUT"]))
+        tiles = (triton.cdiv(m, over_projection["BLOCK_M"]), triton.cdiv(k, over_projection["BLOCK_OUT"]))
         # As many rows to a share whatever is asked for: the same bits.
-        share = triton.cdiv(blocks, triton.cdiv(PROGRAMS, tiles[0] * tiles[1])) * tile["BLOCK_ROWS"]
+        unit = over_projection["BLOCK_ROWS"]
+        share = triton.cdiv(triton.cdiv(count, unit), triton.cdiv(PROGRAMS, tiles[0] * tiles[1])) * unit
         shares = triton.cdiv(count, share)
         parts = fresh(True, shares, k + 1, m)
         projected_mse_projection[(tiles[0], tiles[1] if with_projection else 1, shares)](
             source, target, projection, bias, mask, row_weights, directions, parts, *sizes, share,
-            WITH_PROJECTION=with_projection, WITH_BIAS=with_bias, **tile, **out_of_projection, enable_fp_fusion=True,
+            WITH_PROJECTION=with_projection, WITH_BIAS=with_bias, **over_projection, enable_fp_fusion=True,
         )  # fmt: skip
     if wanted or not by_row:
         length = (k * with_projection + with_bias) * m
