@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soft-target loss in Triton: value and gradient of a row by one program.
 
-With p = softmax(t / T), q = softmax(s / T) and logarithms to the base 2, taken relative to the maximum of the row, as in
-log2 p = (t - max t) (log2 e / T) - log2 sum 2^((t - max t) (log2 e / T)), the forward KL (Hinton et al. 2015, arXiv
+With p = softmax(t / T), q = softmax(s / T) and logarithms to the base 2, taken relative to the maximum of the row, as
+in log2 p = (t - max t) (log2 e / T) - log2 sum 2^((t - max t) (log2 e / T)), the forward KL (Hinton et al. 2015, arXiv
 1503.02531) of a row is ln 2 sum p (log2 p - log2 q) with gradient (q - p) / T; the reverse KL the same with the sides
-swapped and gradient q (log(q / p) - KL) / T; the generalised Jensen-Shannon divergence (arXiv 2306.13649) has the gradient
-(1 - b) q (log(q / m) - KL(q||m)) / T.
+swapped and gradient q (log(q / p) - KL) / T; the generalised Jensen-Shannon divergence (arXiv 2306.13649) has the
+gradient (1 - b) q (log(q / m) - KL(q||m)) / T.
 
 A row that fits a program's registers is read once. A longer one is walked in blocks: once for maxima and sums of
 exponentials, once more for value and gradient, and in between for the mean that the gradients of the reverse KL and of
-the Jensen-Shannon divergence need. Nothing else of that size exists. The number of valid rows is counted on the device, and
-rows are added in a fixed order.
+the Jensen-Shannon divergence need. Nothing else of that size exists. The number of valid rows is counted on the device,
+and rows are added in a fixed order.
 
 A label outside the classes cannot be refused without waiting for the device: its row, and with it the loss, is NaN.
 """
@@ -36,12 +36,6 @@ def _row_offsets(rows, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _number(leading, rest, dtype: tl.constexpr):
-    """A host's double, which comes as two floats of fp32."""
-    return tl.full((), leading, dtype) + tl.full((), rest, dtype)
-
-
-@triton.jit
 def _valid_rows(labels, mask, rows, count, ignore_index, HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr):
     """Which rows count, and their labels: [rows], [rows]."""
     valid = rows < count
@@ -60,7 +54,7 @@ def count_rows(
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ITEMS: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What depends on the number of valid rows: factors of the loss and of its gradient, [2], and what backward applies.
+    """What depends on the number of valid rows: factors of the loss and of its gradient, [2], and what backward does.
 
     fp16 has no room below for a gradient divided by many rows: that factor is left to backward, where the incoming
     gradient (which a loss scaler makes large) meets it first. A power of two, so that nothing is rounded twice.
@@ -131,7 +125,7 @@ def soft_target_rows(
     student, teacher, gradient, row_loss, labels, mask, factors, classes, count, ignore_index,
     student_inner, student_outer_stride, student_inner_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride,
-    temperature, temperature_rest, beta, beta_rest, soft, soft_rest, hard, hard_rest,
+    temperature: tl.float64, beta: tl.float64, soft: tl.float64, hard: tl.float64,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +138,8 @@ def soft_target_rows(
     teacher += _row_offsets(rows, teacher_inner, teacher_outer_stride, teacher_inner_stride)
     gradient += (rows * classes)[:, None]
     lanes = tl.arange(0, BLOCK)[None, :]
-    temperature = _number(temperature, temperature_rest, dtype)
-    beta = _number(beta, beta_rest, dtype)
+    temperature = tl.full((), temperature, dtype)
+    beta = tl.full((), beta, dtype)
     scale = LOG2E / temperature
     SOFT: tl.constexpr = DIVERGENCE != ""
     # The squared distance is one of raw logits, all others are of probabilities.
@@ -169,7 +163,11 @@ def soft_target_rows(
             max_t, sum_t = _online(max_t, sum_t, t, scale)
         if HARD:
             max_h, sum_h = _online(max_h, sum_h, s, LOG2E)
-    log_s, log_t, log_h = tl.log2(sum_s), tl.log2(sum_t), tl.log2(sum_h)
+    log_s, log_t, log_h = zero, zero, zero
+    if PROBABILITIES:
+        log_s, log_t = tl.log2(sum_s), tl.log2(sum_t)
+    if HARD:
+        log_h = tl.log2(sum_h)
 
     mean = zero
     if MEAN:
@@ -184,8 +182,8 @@ def soft_target_rows(
             mean += tl.sum(tl.where(columns < classes, q * _slope(q, log_q, p, log_p, beta, DIVERGENCE), 0.0), 1)
 
     factor = tl.load(factors + 1)
-    soft = _number(soft, soft_rest, dtype)
-    hard = _number(hard, hard_rest, dtype)
+    soft = tl.full((), soft, dtype)
+    hard = tl.full((), hard, dtype)
     if HARD:
         hard = tl.where((label >= 0) & (label < classes), hard, float("nan"))[:, None]
     value = zero
@@ -248,7 +246,7 @@ def sum_rows(row_loss, factors, loss, count, BLOCK: tl.constexpr):
 
 # --------------------------------------------------------------------------- host
 
-WHOLE_CLASSES = 16384  # up to here a row stays in a program's registers
+WHOLE_CLASSES = 8192  # up to here a row stays in a program's registers, without spills
 ROW_BLOCK = 4096  # classes that a longer row is walked by
 
 
@@ -278,15 +276,10 @@ def _rows_of(tensor: Tensor) -> tuple[Tensor, int, int, int]:
     return _rows_of(tensor.contiguous())
 
 
-def _pair(number: float) -> tuple[float, float]:
-    """A double as two floats of fp32, the precision in which a kernel takes numbers."""
-    leading = torch.tensor(number, dtype=torch.float32).item()
-    return leading, number - leading
-
-
 def _compute(
     student: Tensor,
     teacher: Tensor,
+    gradient: Tensor | None,
     labels: Tensor | None,
     mask: Tensor | None,
     num_items: Tensor | None,
@@ -297,7 +290,6 @@ def _compute(
     scale_by_temperature: bool,
     ignore_index: int,
     reduction: str,
-    gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and what backward applies to the gradient, which is written to `gradient`."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -324,7 +316,7 @@ def _compute(
         soft_target_rows[(triton.cdiv(count, program["ROWS"]),)](
             student, teacher, row_loss if gradient is None else gradient, row_loss, labels, mask, factors, classes,
             count, ignore_index, *student_layout, *teacher_layout,
-            *_pair(temperature), *_pair(jsd_beta), *_pair(soft), *_pair(hard_weight),
+            temperature, jsd_beta, soft, hard_weight,
             DIVERGENCE="" if hard_weight == 1 else divergence, HARD=hard_weight > 0, GRADIENT=gradient is not None,
             **given, **program, enable_fp_fusion=True,
         )  # fmt: skip
@@ -335,12 +327,12 @@ def _compute(
 
 def soft_target(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `soft_target`: see `pydistill._schemas`."""
-    *options, with_gradient = options
+    *settings, with_gradient = options
     gradient = torch.empty(student.shape if with_gradient else (0,), dtype=student.dtype, device=student.device)
-    loss, gradient_scale = _compute(student, teacher, *options, gradient if with_gradient else None)
+    loss, gradient_scale = _compute(student, teacher, gradient if with_gradient else None, *settings)
     return loss, gradient, gradient_scale
 
 
 def soft_target_(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The op `soft_target_`, which writes the gradient over the student's logits: see `pydistill._schemas`."""
-    return _compute(student, teacher, *options, student)
+    return _compute(student, teacher, student, *options)
