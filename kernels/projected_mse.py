@@ -6,8 +6,8 @@ arXiv 1909.10351, equation 8). A row's value is |d|^2 / m with d = y - t, and th
 
     to x: d P^T    to t: -d    to P: x^T d    to b: the sum of d over rows.
 
-With u = y / |y|, v = t / |t| and c = <u, v> (`normalize`), d = u - v, and (c u - v) / |y| stands for d in the gradients,
-(c v - u) / |t| for -d.
+With u = y / |y|, v = t / |t| and c = <u, v> (`normalize`), d = u - v, and (c u - v) / |y| stands for d in the
+gradients, (c v - u) / |t| for -d.
 
 Each kernel makes y again, a tile at a time: one walks the features under a block of rows, for their values and the
 gradient of their side; one walks the rows over a tile of P, for its gradient. Rows are shared out to several programs
@@ -15,7 +15,8 @@ there, whose parts are added in a fixed order at the end, as are the values: the
 valid rows is counted on the device.
 
 Products of half precision run on tensor cores: x P is exact up to its sum, and d enters the other two as the sum of two
-numbers of half precision. The method "gram" is computed directly: the same value and gradients without its loss of digits.
+numbers of half precision. The method "gram" is computed directly: the same value and gradients, without its loss of
+digits.
 """
 
 from __future__ import annotations
@@ -139,8 +140,10 @@ def _slopes(y, t, inverse_y, inverse_t, cosine, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _halves(d, axis: tl.constexpr, dtype: tl.constexpr):
-    """d [a, b] as (leading + rest) * scale, in half precision; scale has size 1 along `axis`. bf16 has the range of fp32,
-    fp16 has not: there a power of two brings each row (or column) to the size of 1."""
+    """d [a, b] as (leading + rest) * scale, in half precision; scale has size 1 along `axis`.
+
+    bf16 has the range of fp32, fp16 has not: there a power of two brings each row (or column) to the size of 1.
+    """
     scale = tl.full((1, 1), 1, tl.float32)
     if dtype == tl.float16:
         scale, inverse = _power_of_two(tl.max(tl.abs(d), axis, keep_dims=True))
@@ -176,7 +179,8 @@ def _add_transposed_product(total, x, d, dtype: tl.constexpr):
 def _inverse_length(squares):
     """1 / length, and 0 for a row without a direction; NaN stays."""
     length = tl.sqrt(squares)
-    return tl.where(length <= SHORTEST, 0.0, 1 / length)
+    short = length <= SHORTEST
+    return tl.where(short, 0.0, 1 / tl.where(short, 1.0, length))
 
 
 @triton.jit
@@ -221,8 +225,8 @@ def projected_mse_rows(
     OF_SOURCE: tl.constexpr, OF_TARGET: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Values of a block of rows, one by one or their sum, and the gradient of their source (BLOCK_OUT of its features) or
-    of their target."""
+    """Values of a block of rows, one by one or their sum, and the gradient of their source (BLOCK_OUT of its features)
+    or of their target."""
     dtype: tl.constexpr = squares.dtype.element_ty
     block, part = tl.program_id(0), tl.program_id(1)
     rows = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
