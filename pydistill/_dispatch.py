@@ -54,6 +54,7 @@ CUDA_LOSSES = ("soft_target",)
 TRITON_OPS = {
     "soft_target": "soft_target",
     "soft_target_": "soft_target",
+    "projected_mse": "projected_mse",
     "scale_rows_": "scale_rows",
 }
 # Triton's interpreter runs its kernels on the CPU, slowly and exactly: for tests and for stepping through a kernel.

@@ -34,6 +34,7 @@ from pydistill.losses.projected_mse import SHORTEST, projected_mse_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 each_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+each_kernel = pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "reference"])
 each_variant = pytest.mark.parametrize("variant", PROJECTED_MSE.variants)
 each_way = pytest.mark.parametrize("way", ["up", "down"])
 each_reduction = pytest.mark.parametrize("reduction", module.REDUCTIONS)
@@ -57,7 +58,7 @@ def ours(tensors: Tensors, impl: str = "auto", **keywords: Any) -> Outcome:
     return run(projected_mse_loss, tensors, {"impl": impl, **keywords}, LEAVES)
 
 
-def check_budget(tensors: Tensors, impl: str = "cpp", *, floor: float = 0.0, **keywords: Any) -> Outcome:
+def check_budget(tensors: Tensors, impl: str, *, floor: float = 0.0, **keywords: Any) -> Outcome:
     """Runs `impl` and holds it against the reference in the same dtype and the truth in float64."""
     found = ours(tensors, impl, **keywords)
     reference = run(projected_mse_reference, tensors, keywords, LEAVES)
@@ -161,31 +162,31 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_variant
 @each_way
-@needs_kernel
-def test_error_budget(variant, dtype, way):
+@each_kernel
+def test_error_budget(impl, variant, dtype, way):
     for shape in SHAPES:
         tensors, keywords = PROJECTED_MSE.select(hidden(shape, dtype, way), variant)
         # Unit vectors of one feature are 1 and -1: what is left of their gradient is rounding of 1 / length.
         floor = 1e-5 * (dtype != "fp64") + 1e-13 if keywords.get("normalize") and 1 in shape[-2:] else 0.0
-        check_budget(tensors, floor=floor, **keywords)
+        check_budget(tensors, impl, floor=floor, **keywords)
 
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @each_way
-@needs_kernel
-def test_large_accumulators(dtype, way):
+@each_kernel
+def test_large_accumulators(impl, dtype, way):
     """Gradients of the projection that leave the second-level cache: larger blocks of rows."""
-    check_budget(hidden((400, 384, 400), dtype, way))
+    check_budget(hidden((400, 384, 400), dtype, way), impl)
 
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_way
-@needs_kernel
-def test_many_chunks(dtype, way):
+@each_kernel
+def test_many_chunks(impl, dtype, way):
     """More blocks than chunks: a chunk is several blocks."""
-    check_budget(hidden((8000, 6, 9), dtype, way))
+    check_budget(hidden((8000, 6, 9), dtype, way), impl)
 
 
 @pytest.mark.numerics
@@ -300,14 +301,14 @@ def residual(shape: tuple[int, ...], dtype: str, size: float) -> Tensors:
 @pytest.mark.numerics
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("names", [(), ("bias",), ("bias", "mask")])
-@needs_kernel
-def test_gram_is_the_same_loss(names, dtype):
+@each_kernel
+def test_gram_is_the_same_loss(impl, names, dtype):
     """Within a few roundings of |teacher|^2, not of the difference: that is what it gives up."""
     for shape in (*SHAPES, (8000, 6, 9)):
         tensors = without(hidden(shape, dtype), *({"bias", "mask"} - set(names)))
         for how in ({}, {"reduction": "sum"}, {"num_items": 37}):
             exact = truth(PROJECTED_MSE, tensors, how)
-            found = ours(tensors, "cpp", method="gram", **how)
+            found = ours(tensors, impl, method="gram", **how)
             rounding = 1e-14 if dtype == "fp64" else 2e-6
             assert abs(float(found.value) - float(exact.value)) <= rounding * float(exact.value)
             stored = {"bf16": 2**-8, "fp16": 2**-10}.get(dtype, 0.0)
@@ -317,13 +318,13 @@ def test_gram_is_the_same_loss(names, dtype):
 
 
 @pytest.mark.numerics
-@needs_kernel
-def test_accuracy_of_gram():
+@each_kernel
+def test_accuracy_of_gram(impl):
     """The figures of docs/losses.md: digits go as the residual falls, of the value with its square."""
     for size, value_error, gradient_error in ((1.0, 1e-6, 3e-6), (0.1, 3e-5, 3e-5), (0.01, 3e-3, 3e-4)):
         tensors = without(residual((4000, 48, 200), "fp32", size), "mask")
         exact = truth(PROJECTED_MSE, tensors, {})
-        found = ours(tensors, "cpp", method="gram")
+        found = ours(tensors, impl, method="gram")
         assert abs(float(found.value) / float(exact.value) - 1) < value_error
         for key, gradient in exact.gradients.items():
             error = float((found.gradients[key].double() - gradient).norm() / gradient.norm())
@@ -600,8 +601,8 @@ def test_weights_by_row(impl, way):
 @pytest.mark.numerics
 @each_reduction
 @each_way
-@needs_kernel
-def test_fp16_gradient_under_a_loss_scaler(way, reduction):
+@each_kernel
+def test_fp16_gradient_under_a_loss_scaler(impl, way, reduction):
     """A scaler multiplies the loss so that fp16 gradients do not fall below the smallest number. The kernel has made
     the gradient by then: it must have kept what the scaler brings back into range, and not have overflowed itself."""
     tensors = without(hidden((4096, 16, 40), "fp16", way), "mask")
@@ -617,7 +618,7 @@ def test_fp16_gradient_under_a_loss_scaler(way, reduction):
 
     exact = gradients(projected_mse_reference, torch.float64)
     assert all(0.01 < float(gradient.abs().max()) < 6e4 for gradient in exact.gradients.values())
-    found = gradients(projected_mse_loss, torch.float16, impl="cpp")
+    found = gradients(projected_mse_loss, torch.float16, impl=impl)
     assert_within_budget(found, gradients(projected_mse_reference, torch.float16), exact)
 
 
