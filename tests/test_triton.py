@@ -11,8 +11,8 @@ from processes import in_a_new_process, numerics_of
 from pydistill import _dispatch, soft_target_loss
 
 CASES = {case.name: case for case in (SOFT_TARGET, ATTENTION_RELATION, PROJECTED_MSE)}
-# The interpreter is numpy, and takes seconds where a GPU takes microseconds: not many programs, not every pair of variant
-# and dtype.
+# The interpreter is numpy, and takes seconds where a GPU takes microseconds: not many programs, and not every pair of
+# variant and dtype.
 SELECTED = {
     "soft_target": "not (every_class_count and not forward_kl-fp32 or running_maximum or fp64 "
     "or fp16 and not error_budget or garbage_in_invalid_rows and (inf or 1031 and not jsd))",
@@ -31,7 +31,7 @@ def with_interpreter(arguments: list[str], **environment: str) -> str:
 @needs_triton
 @each_kernel
 def test_numerics(loss):
-    """Each numerics test that is selected: the same shapes and the same tolerances as on the CPU, gradients included."""
+    """The numerics tests as selected: the same shapes and the same tolerances as on the CPU, gradients included."""
     printed = with_interpreter([*numerics_of(f"test_{loss}.py"), "-k", f"triton and ({SELECTED[loss]})"])
     assert " passed" in printed, printed
 
