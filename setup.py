@@ -4,7 +4,7 @@
 Environment: PYDISTILL_NATIVE=0 leaves the native code out (a pure-Python wheel; the eager reference does the work).
 PYDISTILL_CUDA=1 demands CUDA kernels, 0 leaves them out; otherwise they are built where nvcc is found: CUDACXX,
 CUDA_HOME, PATH, the package nvidia-cuda-nvcc. TORCH_CUDA_ARCH_LIST says for which architectures. CMake's own variables
-work too, e.g. CMAKE_BUILD_TYPE=Debug or CMAKE_BUILD_PARALLEL_LEVEL=1. Nothing here reads the network or looks for a GPU.
+work too, e.g. CMAKE_BUILD_TYPE=Debug or CMAKE_BUILD_PARALLEL_LEVEL=1. Nothing here reads the network or looks for GPUs.
 """
 
 from __future__ import annotations
