@@ -52,6 +52,7 @@ LOSSES = ("soft_target", "attention_relation", "projected_mse")
 TRITON_OPS = {
     "soft_target": "soft_target",
     "soft_target_": "soft_target",
+    "attention_relation": "attention_relation",
     "scale_rows_": "scale_rows",
 }
 # Triton's interpreter runs its kernels on the CPU, slowly and exactly: for tests and for stepping through a kernel.
