@@ -454,9 +454,13 @@ def _blocks(dtype: torch.dtype, student_width: int, teacher_width: int) -> _Bloc
     def features(width: int, most: int) -> int:
         return max(16, min(triton.next_power_of_2(width), most))
 
-    tokens, most = (64, 128) if dtype.itemsize == 2 else (32, 64)
-    student, teacher = features(student_width, most), features(teacher_width, most)
-    return _Blocks(tokens, tokens, student, teacher, student, num_warps=4, num_stages=2)
+    wide = max(student_width, teacher_width) > 128
+    if dtype.itemsize == 2:
+        student, teacher = (features(width, 64 if wide else 128) for width in (student_width, teacher_width))
+        part = features(student_width, 128)
+        return _Blocks(64, 32, student, teacher, part, num_warps=8 if part == 128 else 4, num_stages=2)
+    student, teacher = (features(width, 32 if wide else 64) for width in (student_width, teacher_width))
+    return _Blocks(32, 32, student, teacher, features(student_width, 64), num_warps=4, num_stages=2)
 
 
 class _Relation(NamedTuple):
