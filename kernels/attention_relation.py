@@ -6,14 +6,14 @@ With scores t of the teacher and s of the student, p = softmax(t), q = softmax(s
     value of row i      sum_j p_ij (log p_ij - log q_ij)
     gradient of s_ij    w_i (q_ij - p_ij) = G_ij,  of A_i  sum_j G_ij B_j,  of B_j  sum_i G_ij A_i
 
-and for a self relation (B = A) of A_i  sum_j (G_ij + G_ji) A_j, where scores are symmetric: one product. A program has a
-block of tokens of one head, its own, and walks over the others it shares a sequence with. No N x N matrix is ever
+and for a self relation (B = A) of A_i  sum_j (G_ij + G_ji) A_j, where scores are symmetric: one product. A program has
+a block of tokens of one head, its own, and walks over those that they share a sequence with. No N x N matrix is ever
 written: `relation_values` leaves maxima and sums of exponentials, O(B A N) numbers, from which `relation_gradients`
-makes the probabilities of rows, of columns or of both again. Nothing is added atomically: results are the same every time.
+makes the probabilities of rows, of columns or of both again. Nothing is added atomically: the same bits every time.
 
-Exponentials are 2^((s - max s) c) with c = scale * log2 e: the difference comes first, and is exact near the maximum. Where
-student and teacher agree, value and gradient are exactly 0. In half precision G is multiplied in two parts, high and low,
-so that the gradient is rounded once, when it is stored.
+Exponentials are 2^((s - max s) c) with c = scale * log2 e: the difference comes first, and is exact near the maximum.
+Where student and teacher agree, value and gradient are exactly 0. In half precision G is multiplied in two parts, high
+and low, so that the gradient is rounded once, when it is stored.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def find_sequences(
 
 @triton.jit
 def _own_tokens(firsts, lasts, block, positions, OWN: tl.constexpr):
-    """A program's tokens, the first of the sequence of each (-2 for padding, which nobody has), and the range in which all
-    tokens that they see lie."""
+    """A program's tokens, whether they are valid, the first of the sequence of each (for padding a number that nobody
+    has), and the range in which all tokens that they see lie."""
     tokens = block * OWN + tl.arange(0, OWN)
     inside = tokens < positions
     first = tl.load(firsts + tokens, mask=inside, other=PADDING)
@@ -99,9 +99,10 @@ def _own_tokens(firsts, lasts, block, positions, OWN: tl.constexpr):
 
 # --------------------------------------------------------------------------- scores
 #
-# A side, student or teacher, has compile-time numbers (WIDTH, SIZE, CUT, BLOCK, SCALE): features of a relation head and of
-# a head as it is stored, whether the former are cut out of the latter, how many are loaded at a time, and the factor of
-# scores in units of log 2. One of its tensors, for one relation head of one batch row, is a view: (pointer, strides, head).
+# A side, student or teacher, has compile-time numbers (WIDTH, SIZE, CUT, BLOCK, SCALE): features of a relation head and
+# of a head as it is stored, whether the former are cut out of the latter, how many are loaded at a time, and the factor
+# of scores in units of log 2. One of its tensors, for one relation head of one batch row, is a view: (pointer, strides,
+# head).
 
 
 @triton.jit
@@ -172,7 +173,8 @@ def _scores(x, own, tokens, valid, y, other, others, exists, zero, SIDE: tl.cons
 
 @triton.jit
 def relation_values(
-    student_a, student_b, teacher_a, teacher_b, student_a_strides, student_b_strides, teacher_a_strides, teacher_b_strides,
+    student_a, student_b, teacher_a, teacher_b,
+    student_a_strides, student_b_strides, teacher_a_strides, teacher_b_strides,
     firsts, lasts, shares, row_weights, unit, statistics, row_loss, partial, batches, heads, positions,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, CAUSAL: tl.constexpr, GRADIENT: tl.constexpr, ROW_LOSS: tl.constexpr,
     ROW_WEIGHTS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
@@ -265,7 +267,7 @@ def add_up(
     counts, blocks, num_items, loss, parts, factors, gradient_scale,
     REDUCTION: tl.constexpr, HAS_ITEMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss, the value of each relation, and what its gradient is multiplied by: one program, which adds in a fixed order.
+    """Loss, value of each relation, and what its gradient is multiplied by: one program, which adds in a fixed order.
 
     fp16 has no room below for a gradient divided by many rows: that factor is left to backward, where the incoming
     gradient (which a loss scaler makes large) meets it first. A power of two, so that nothing is rounded twice.
@@ -347,9 +349,8 @@ def relation_gradients(
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     ROW_WEIGHTS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of PART features of a block of tokens, as the first tensor of a relation (ROWS: it is their row of scores
-    that is normalised), as the second (COLUMNS), or, for a self relation, as both."""
-    statistics_of = statistics
+    """Gradient of PART features of a block of tokens, as the first tensor of a relation (ROWS: probabilities are those
+    of their own rows), as the second (COLUMNS: of the other tokens' rows), or, for a self relation, as both."""
     blocks = tl.cdiv(positions, OWN)
     parts: tl.constexpr = (STUDENT[0] + PART - 1) // PART
     block = tl.program_id(0) % blocks
@@ -359,7 +360,7 @@ def relation_gradients(
     head = (index % heads).to(tl.int64)
     batch = (index // heads % batches).to(tl.int64)
     task = index // heads // batches
-    statistics = _pick(statistics_of, task) + (batch * heads + head) * positions
+    statistics = _pick(statistics, task) + (batch * heads + head) * positions
     each = batches.to(tl.int64) * heads * positions
     dtype: tl.constexpr = statistics.dtype.element_ty
     firsts += batch * positions
@@ -449,18 +450,20 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(dtype: torch.dtype, student_width: int, teacher_width: int) -> _Blocks:
-    """Fixed, so that a new shape costs a compilation and no search; they keep a program within its registers."""
+    """Fixed, so that a new shape costs a compilation and no search; chosen so that no program spills registers."""
 
     def features(width: int, most: int) -> int:
         return max(16, min(triton.next_power_of_2(width), most))
 
-    wide = max(student_width, teacher_width) > 128
-    if dtype.itemsize == 2:
-        student, teacher = (features(width, 64 if wide else 128) for width in (student_width, teacher_width))
-        part = features(student_width, 128)
-        return _Blocks(64, 32, student, teacher, part, num_warps=8 if part == 128 else 4, num_stages=2)
-    student, teacher = (features(width, 32 if wide else 64) for width in (student_width, teacher_width))
-    return _Blocks(32, 32, student, teacher, features(student_width, 64), num_warps=4, num_stages=2)
+    half = dtype.itemsize == 2
+    most = 128 if half else 64
+    part = features(student_width, most)
+    if max(student_width, teacher_width) > most:  # heads are walked through: less at a time
+        most //= 2
+    own, warps = ((128, 8) if part == 128 else (64, 4)) if half else (32, 8)
+    # AMD's warps are twice as wide.
+    num_warps = warps // 2 if torch.version.hip else warps
+    return _Blocks(own, 32, features(student_width, most), features(teacher_width, most), part, num_warps, num_stages=2)
 
 
 class _Relation(NamedTuple):
@@ -546,7 +549,7 @@ def attention_relation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `attention_relation`: see `pydistill._schemas`."""
     students, teachers = (
-        {slot: _with_unit_stride(tensor) for slot, tensor in enumerate(side) if tensor is not None and slot in relations}
+        {slot: _with_unit_stride(side[slot]) for slot in sorted(set(relations))}
         for side in ((student_q, student_k, student_v), (teacher_q, teacher_k, teacher_v))
     )
     first = students[relations[0]]
