@@ -55,6 +55,7 @@ TRITON_OPS = {
     "soft_target": "soft_target",
     "soft_target_": "soft_target",
     "projected_mse": "projected_mse",
+    "attention_relation": "attention_relation",
     "scale_rows_": "scale_rows",
 }
 # Triton's interpreter runs its kernels on the CPU, slowly and exactly: for tests and for stepping through a kernel.
