@@ -69,11 +69,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Source distribution, the wheel built from that, and the wheel's files. The one build of the suite."""
     folder = tmp_path_factory.mktemp("packaging")
     tree = copy_of_tree(folder / "tree")
-    # Without optimisation: the same files and symbols in a third of the time.
+    # Without optimisation, and for one GPU at most: the same files and symbols in a third of the time.
     done = run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", tree],
         cwd=folder,
-        env={"CMAKE_BUILD_TYPE": "Debug"},
+        env={"CMAKE_BUILD_TYPE": "Debug", "TORCH_CUDA_ARCH_LIST": "9.0"},
         timeout=580,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -265,6 +265,29 @@ def test_build_with_an_old_torch_says_what_to_install(monkeypatch: pytest.Monkey
 def test_build_switch_takes_0_or_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYDISTILL_NATIVE", "off")
     assert setup_message(monkeypatch, tmp_path) == "pydistill: PYDISTILL_NATIVE must be 0 or 1, got 'off'"
+
+
+def test_cuda_switch_takes_0_1_or_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYDISTILL_CUDA", "on")
+    assert setup_message(monkeypatch, tmp_path) == "pydistill: PYDISTILL_CUDA must be 0, 1 or auto, got 'on'"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CUDACXX": "/nowhere/nvcc"}, r"PYDISTILL_CUDA=1, but nvcc was not found: set CUDACXX or CUDA_HOME"),
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, r"TORCH_CUDA_ARCH_LIST must look like '8\.0;9\.0\+PTX', got 'Hopper'"),
+    ],
+)
+def test_cuda_that_was_demanded_and_cannot_be_built(tmp_path: Path, variables: dict[str, str], message: str) -> None:
+    if "CUDACXX" not in variables and shutil.which("nvcc") is None:
+        pytest.skip("no nvcc found")
+    command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path, "-DPYDISTILL_VERSION=test", "-DPYDISTILL_CUDA=1"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = run([*command, f"-DPython_EXECUTABLE={sys.executable}"], tmp_path, {**variables, "PATH": path})
+    assert done.returncode != 0
+    assert re.search(message, re.sub(r"\s+", " ", done.stderr)), done.stderr
 
 
 def test_version_is_written_once() -> None:

@@ -50,7 +50,7 @@ __device__ __forceinline__ void store(const Vector<S, N>& x, S* p) {
 // The same where the address may not be a multiple of the vector's size: element by element then.
 template <int N, class S>
 __device__ __forceinline__ Vector<S, N> load(const S* p, bool aligned) {
-  if (N == 1 || aligned) return load<N>(p);
+  if (aligned) return load<N>(p);
   Vector<S, N> x;
 #pragma unroll
   for (int i = 0; i < N; ++i) x.lanes[i] = p[i];
@@ -59,7 +59,7 @@ __device__ __forceinline__ Vector<S, N> load(const S* p, bool aligned) {
 
 template <class S, int N>
 __device__ __forceinline__ void store(const Vector<S, N>& x, S* p, bool aligned) {
-  if (N == 1 || aligned) return store(x, p);
+  if (aligned) return store(x, p);
 #pragma unroll
   for (int i = 0; i < N; ++i) p[i] = x.lanes[i];
 }

@@ -10,19 +10,20 @@ import torch
 from pydistill import _dispatch, _schemas
 from pydistill.losses import soft_target
 
+NAMESPACE = "pydistill_simt"
 _loaded: list[torch.library.Library] = []  # a schema lasts as long as its library
 
 
-def load(path: Path | str, namespace: str = "pydistill_simt") -> None:
-    """Makes the library's ops ``torch.ops.<namespace>``, with fake kernels and autograd as the product has them."""
-    _loaded.append(_schemas.define(namespace))
+def load(path: Path | str) -> None:
+    """Makes the library's ops ``torch.ops.pydistill_simt``, with fake kernels and autograd as the product has them."""
+    _loaded.append(_schemas.define(NAMESPACE))
     torch.ops.load_library(str(path))
-    soft_target._register(namespace)
+    soft_target._register(NAMESPACE)
 
 
-def stand_in_for_cuda(namespace: str = "pydistill_simt") -> None:
+def stand_in_for_cuda() -> None:
     """From here on, ``impl="cuda"`` on CPU tensors calls the library's ops."""
-    for loss in ("soft_target",):
+    for loss in _dispatch.CUDA_LOSSES:
         _dispatch.BACKENDS[loss]["cuda"] = _dispatch.Backend(True, "CUDA kernels run on the CPU by tests/simt")
-    _dispatch.NAMESPACES["cuda"] = namespace
+    _dispatch.NAMESPACES["cuda"] = NAMESPACE
     _dispatch.PREFERRED["cpu"] = ("cuda",)

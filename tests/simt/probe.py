@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the soft_target op of libraries of tests/simt on a few problems and says what is wrong with each.
 
-    python -m simt.probe NAMESPACE=LIBRARY ...
+    python -m simt.probe ORDERS LIBRARY ...
 
-prints one line per library: its namespace, and "fine" or the first thing that is not. The problems are few, so that
+prints one line per library: its name, and "fine" or the first thing that is not. The problems are few, so that
 sanitizers can watch them, and take every path once: teams within a warp, of a warp and of a block, rows at odd
 addresses between NaN, masks, labels, rows that fit into shared memory and rows that do not, threads in every order.
 """
@@ -14,12 +14,15 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from simt import library
 from torch import Tensor
 
 from pydistill.losses.soft_target import soft_target_reference
+
+ops = torch.ops.pydistill_simt
 
 PROBLEMS = [  # rows, classes, divergence, temperature, shared memory of the device
     (5, 3, "forward_kl", 2.0, 232448),
@@ -39,9 +42,8 @@ def between_nan(x: Tensor) -> Tensor:
     return view.copy_(x)
 
 
-def wrong(namespace: str) -> Iterator[str]:
-    """What is wrong with the op, one sentence each."""
-    op = getattr(torch.ops, namespace).soft_target
+def wrong(orders: list[str]) -> Iterator[str]:
+    """What is wrong with the op, with threads in each of these orders."""
     for rows, classes, divergence, temperature, shared in PROBLEMS:
         os.environ["PYDISTILL_SIMT_SHARED"] = str(shared)
         generator = torch.Generator().manual_seed(classes)
@@ -53,11 +55,11 @@ def wrong(namespace: str) -> Iterator[str]:
         exact = soft_target_reference(logits, teacher.double(), labels, **keywords)
         (gradient,) = torch.autograd.grad(exact, logits)
         options = (labels, mask, None, divergence, temperature, 0.5, 0.5, True, -100, "mean", True)
-        for order in ("forward", "reverse", "random"):
+        for order in orders:
             os.environ["PYDISTILL_SIMT_ORDER"] = order
             case = f"{divergence} {rows}x{classes} {order}"
             try:
-                found = op(between_nan(student), between_nan(teacher), *options)
+                found = ops.soft_target(between_nan(student), between_nan(teacher), *options)
             except RuntimeError as error:
                 yield f"{case}: {error}"
                 continue
@@ -65,12 +67,19 @@ def wrong(namespace: str) -> Iterator[str]:
                 if not torch.allclose(mine.double(), truth, rtol=1e-5, atol=1e-6):
                     yield f"{case}: {what}"
     student[0, 0] = math.nan
-    if not op(student, teacher, None, None, None, "forward_kl", 1.0, 0.0, 0.5, True, -100, "sum", False)[0].isnan():
+    options = (None, None, None, "forward_kl", 1.0, 0.0, 0.5, True, -100, "sum", False)
+    if not ops.soft_target(student, teacher, *options)[0].isnan():
         yield "NaN is hidden"
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        name, path = argument.split("=", 1)
-        library.load(path, name)
-        print(name, next(wrong(name), "fine"), flush=True)
+    # All libraries register the same ops, each in a process of its own.
+    for argument in sys.argv[2:]:
+        child = os.fork()
+        if child == 0:
+            library.load(argument)
+            print(Path(argument).stem, next(wrong(sys.argv[1].split(",")), "fine"), flush=True)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if status != 0:
+            sys.exit(os.waitstatus_to_exitcode(status))
