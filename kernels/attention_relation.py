@@ -30,6 +30,8 @@ from torch import Tensor
 LN2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-3.4028234e38)  # a finite maximum of nothing, whose difference from anything is a number
 PADDING = tl.constexpr(-1)
+# One compilation for all of them: of numbers, only strides matter to how memory is read.
+SIZES = ("batches", "heads", "positions")
 
 
 # --------------------------------------------------------------------------- tokens
@@ -47,7 +49,7 @@ def _ids(mask, segment_ids, batch, tokens, positions, HAS_MASK: tl.constexpr, HA
     return ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def find_sequences(
     mask, segment_ids, firsts, lasts, shares, counts, positions,
     HAS_MASK: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -171,7 +173,7 @@ def _scores(x, own, tokens, valid, y, other, others, exists, zero, SIDE: tl.cons
 # --------------------------------------------------------------------------- values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def relation_values(
     student_a, student_b, teacher_a, teacher_b,
     student_a_strides, student_b_strides, teacher_a_strides, teacher_b_strides,
@@ -261,7 +263,7 @@ def relation_values(
         tl.store(statistics + 3 * each, weight, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "heads", "blocks"])
 def add_up(
     partial, programs, heads, weight_0: tl.float64, weight_1: tl.float64, weight_2: tl.float64,
     counts, blocks, num_items, loss, parts, factors, gradient_scale,
@@ -341,7 +343,7 @@ def _statistics_of(statistics, each, tokens, exists):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def relation_gradients(
     gradient, student_own, student_other, teacher_own, teacher_other, gradient_strides,
     student_own_strides, student_other_strides, teacher_own_strides, teacher_other_strides,
@@ -458,9 +460,9 @@ def _blocks(dtype: torch.dtype, student_width: int, teacher_width: int) -> _Bloc
     half = dtype.itemsize == 2
     most = 128 if half else 64
     part = features(student_width, most)
-    if max(student_width, teacher_width) > most:  # heads are walked through: less at a time
-        most //= 2
     own, warps = ((128, 8) if part == 128 else (64, 4)) if half else (32, 8)
+    if max(student_width, teacher_width) > most:  # heads are walked through: less at a time
+        most, own = most // 2, min(own, 64)
     # AMD's warps are twice as wide.
     num_warps = warps // 2 if torch.version.hip else warps
     return _Blocks(own, 32, features(student_width, most), features(teacher_width, most), part, num_warps, num_stages=2)
