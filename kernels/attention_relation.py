@@ -551,7 +551,11 @@ def attention_relation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `attention_relation`: see `pydistill._schemas`."""
     students, teachers = (
-        {slot: _with_unit_stride(side[slot]) for slot in sorted(set(relations))}
+        {
+            slot: _with_unit_stride(tensor)
+            for slot, tensor in enumerate(side)
+            if tensor is not None and slot in relations
+        }
         for side in ((student_q, student_k, student_v), (teacher_q, teacher_k, teacher_v))
     )
     first = students[relations[0]]
@@ -629,4 +633,4 @@ def attention_relation(
                     ROW_WEIGHTS=row_weights is not None, OWN=blocks.own, OTHER=blocks.other, PART=blocks.part,
                     num_warps=blocks.num_warps, num_stages=blocks.num_stages, **options,
                 )  # fmt: skip
-    return loss, parts, *gradients, gradient_scale
+    return loss, parts, gradients[0], gradients[1], gradients[2], gradient_scale
