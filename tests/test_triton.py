@@ -16,8 +16,8 @@ CASES = {case.name: case for case in (SOFT_TARGET, ATTENTION_RELATION, PROJECTED
 SELECTED = {
     "soft_target": "not (every_class_count and not forward_kl-fp32 or running_maximum or fp64 "
     "or fp16 and not error_budget or garbage_in_invalid_rows and (inf or 1031 and not jsd))",
-    "attention_relation": "golden or error_budget and (fp32 or bf16 and not heads) or rows_by_hand or equality "
-    "or scores_of_200 and bf16 or garbage or padded_batch and fp32 or packed_row or weights_by_row or later_tokens",
+    "attention_relation": "golden "
+    "or error_budget and (cross or token_mean or segments) and (fp32 or bf16 and not heads)",
     "projected_mse": "golden or error_budget and (up and fp32 or down and bf16 or plain and fp16) or equality and bf16 "
     "or garbage and nan or beside_half and up or weights_by_row or everything_masked or empty or expanded",
 }
