@@ -120,6 +120,7 @@ def test_source_distribution_builds_on_its_own(built: Built) -> None:
     assert native <= files
     assert {
         "CMakeLists.txt",
+        "cmake/cuda.cmake",
         "setup.py",
         "pyproject.toml",
         "kernels/__init__.py",

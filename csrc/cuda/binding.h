@@ -48,6 +48,12 @@ class OnDevice {
 #endif
 };
 
+// A kernel that is given an address of another device takes the whole process down.
+inline void check_device(const char* op, const char* name, const torch::stable::Tensor& t,
+                         const torch::stable::Tensor& like) {
+  STD_TORCH_CHECK(t.device() == like.device(), op, ": ", name, " is not on the device where the op runs");
+}
+
 inline void check_launch(const char* op, int code) {
   STD_TORCH_CHECK(code == 0, op, ": CUDA kernel launch failed: ", cuda_error_string(code));
 }

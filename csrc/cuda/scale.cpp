@@ -19,6 +19,7 @@ using torch::stable::Tensor;
 
 void scale_rows_(Tensor rows, Tensor scale) {
   check_scale_rows(rows, scale);
+  check_device("scale_rows_", "scale", scale, rows);
   const Dtype dtype = dtype_of("scale_rows_", rows);
   STD_TORCH_CHECK(dtype != Dtype::f64, "scale_rows_: the CUDA kernel takes fp32, bf16 and fp16, got fp64");
   const Tensor factors =

@@ -24,6 +24,9 @@ std::tuple<Tensor, Tensor> compute(const Tensor& student, const Tensor& teacher,
   STD_TORCH_CHECK(problem.dtype != Dtype::f64,
                   "soft_target: the CUDA kernel takes fp32, bf16 and fp16, got fp64; use impl='reference', or "
                   "impl='triton' where it is installed");
+  check_device("soft_target", "teacher", teacher, student);
+  if (o.labels) check_device("soft_target", "labels", *o.labels, student);
+  if (o.mask) check_device("soft_target", "mask", *o.mask, student);
   STD_TORCH_CHECK(problem.classes <= std::numeric_limits<int32_t>::max(), "soft_target: too many classes, got ",
                   shape(student));
 
