@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydistill.kernels.half import left_to_backward
+
 LN2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-3.4028234e38)  # a finite maximum of nothing, whose difference from anything is a number
 PADDING = tl.constexpr(-1)
@@ -269,11 +271,7 @@ def add_up(
     counts, blocks, num_items, loss, parts, factors, gradient_scale,
     REDUCTION: tl.constexpr, HAS_ITEMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss, value of each relation, and what its gradient is multiplied by: one program, which adds in a fixed order.
-
-    fp16 has no room below for a gradient divided by many rows: that factor is left to backward, where the incoming
-    gradient (which a loss scaler makes large) meets it first. A power of two, so that nothing is rounded twice.
-    """
+    """Loss, value of each relation, what its gradient is multiplied by: one program, which adds in a fixed order."""
     dtype: tl.constexpr = parts.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     valid = tl.zeros((BLOCK,), tl.int64)
@@ -297,10 +295,7 @@ def add_up(
         rows *= heads[0]
     if REDUCTION == "sequence_mean":
         rows *= valid_count / sequence_count
-    later = tl.full((), 1, tl.float64)
-    if HALF:
-        exponent = ((rows.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-        later = ((127 - exponent) << 23).to(tl.float32, bitcast=True).to(tl.float64)
+    later = left_to_backward(rows, HALF).to(tl.float64)
     tl.store(gradient_scale, later.to(dtype))
     total = tl.full((), 0, tl.float64)
     weights = (weight_0, weight_1, weight_2)
@@ -452,7 +447,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(dtype: torch.dtype, student_width: int, teacher_width: int) -> _Blocks:
-    """Fixed, so that a new shape costs a compilation and no search; chosen so that no program spills registers."""
+    """Fixed, so that a new shape costs a compilation and no search; chosen by the registers that programs take."""
 
     def features(width: int, most: int) -> int:
         return max(16, min(triton.next_power_of_2(width), most))

@@ -28,16 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydistill.kernels.half import left_to_backward, power_of_two
+
 SHORTEST = tl.constexpr(1e-12)  # length of a row below which it has no direction
-
-
-@triton.jit
-def _power_of_two(x):
-    """The power of two at or below x >= 0 (fp32), and its inverse, as far as both are normal numbers."""
-    exponent = (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-    power = (exponent << 23).to(tl.float32, bitcast=True)
-    return power, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -46,11 +39,7 @@ def count_rows(
     MEAN: tl.constexpr, BY_ROW: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What depends on the number of valid rows: the factors of the value, of the gradient of a side, and of those of
-    projection and bias, [3], and what backward applies to the first of these gradients.
-
-    fp16 has no room below for a gradient divided by many rows: that factor is left to backward, where the incoming
-    gradient (which a loss scaler makes large) meets it first. A power of two, so that nothing is rounded twice.
-    """
+    projection and bias, [3], and what backward applies to the first of these gradients."""
     denominator = tl.full((), 1, tl.float64)
     if MEAN or BY_ROW:
         denominator *= m
@@ -63,9 +52,7 @@ def count_rows(
                 rows = start + tl.arange(0, BLOCK).to(tl.int64)
                 found += _valid_rows(mask, rows, count).to(tl.int32)
             denominator *= tl.maximum(tl.sum(found, 0), 1)
-    later = tl.full((), 1, tl.float32)
-    if MEAN and HALF:
-        _, later = _power_of_two(denominator)
+    later = left_to_backward(denominator, MEAN and HALF)
     tl.store(factors, 1 / denominator)
     tl.store(factors + 1, 2 / (denominator * later))
     tl.store(factors + 2, 2 / denominator)
@@ -146,7 +133,7 @@ def _halves(d, axis: tl.constexpr, dtype: tl.constexpr):
     """
     scale = tl.full((1, 1), 1, tl.float32)
     if dtype == tl.float16:
-        scale, inverse = _power_of_two(tl.max(tl.abs(d), axis, keep_dims=True))
+        scale, inverse = power_of_two(tl.max(tl.abs(d), axis, keep_dims=True))
         d *= inverse
     leading = d.to(dtype)
     return leading, (d - leading.to(tl.float32)).to(dtype), scale

@@ -14,10 +14,12 @@ BLOCK = 4096
 @triton.jit
 def scale_rows(rows, scale, length, BLOCK: tl.constexpr):
     """One program scales a block of a row, or of everything where there is one factor."""
-    row = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(length, BLOCK)
+    # One axis for rows and blocks: the others of a grid end at 65,535.
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     factor = tl.load(scale + row)
     if factor != 1:
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        places = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = places < length
         x = tl.load(rows + row * length + places, mask=inside, other=0.0)
         scaled = x.to(factor.dtype) * factor
@@ -31,6 +33,6 @@ def scale_rows_(rows: Tensor, scale: Tensor) -> None:
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     count = scale.numel()
     length = rows.numel() // count
-    scale_rows[(triton.cdiv(length, BLOCK), count)](
+    scale_rows[(triton.cdiv(length, BLOCK) * count,)](
         rows, scale.to(wide).contiguous(), length, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True
     )

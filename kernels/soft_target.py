@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydistill.kernels.half import left_to_backward
+
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 
@@ -54,11 +56,7 @@ def count_rows(
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ITEMS: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What depends on the number of valid rows: factors of the loss and of its gradient, [2], and what backward does.
-
-    fp16 has no room below for a gradient divided by many rows: that factor is left to backward, where the incoming
-    gradient (which a loss scaler makes large) meets it first. A power of two, so that nothing is rounded twice.
-    """
+    """What depends on the number of valid rows: factors of loss and gradient, [2], and what is left to backward."""
     dtype: tl.constexpr = factors.dtype.element_ty
     denominator = tl.full((), 1, dtype)
     if MEAN:
@@ -71,10 +69,7 @@ def count_rows(
                 valid, _ = _valid_rows(labels, mask, rows, count, ignore_index, HAS_LABELS, HAS_MASK)
                 found += valid.to(tl.int32)
             denominator = tl.maximum(tl.sum(found, 0), 1).to(dtype)
-    later = tl.full((), 1, dtype)
-    if HALF:
-        exponent = ((denominator.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-        later = ((127 - exponent) << 23).to(tl.float32, bitcast=True).to(dtype)
+    later = left_to_backward(denominator, HALF).to(dtype)
     tl.store(factors, 1 / denominator)
     tl.store(factors + 1, 1 / (denominator * later))
     tl.store(gradient_scale, later)
@@ -246,7 +241,7 @@ def sum_rows(row_loss, factors, loss, count, BLOCK: tl.constexpr):
 
 # --------------------------------------------------------------------------- host
 
-WHOLE_CLASSES = 8192  # up to here a row stays in a program's registers, without spills
+WHOLE_CLASSES = 8192  # up to here a row stays in a program's registers
 ROW_BLOCK = 4096  # classes that a longer row is walked by
 
 

@@ -43,7 +43,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
 
 # The ops of compiled code and those of Triton: the same schemas under two names, so that `impl` can choose on a device.
 NAMESPACES = {"cpp": "pydistill", "cuda": "pydistill", "triton": "pydistill_triton"}
-_libraries = {namespace: _schemas.define(namespace) for namespace in sorted(set(NAMESPACES.values()))}
+libraries = {namespace: _schemas.define(namespace) for namespace in sorted(set(NAMESPACES.values()))}
 
 native, native_reason = _load_native()
 
@@ -75,7 +75,7 @@ def _load_triton() -> Backend:
 
     for op in TRITON_OPS:
         for key in ("CUDA", "CPU") if interpreting else ("CUDA",):
-            _libraries["pydistill_triton"].impl(op, kernel(op), key)
+            libraries["pydistill_triton"].impl(op, kernel(op), key)
     return Backend(True, f"triton {metadata.version('triton')}{', interpreted' if interpreting else ''}")
 
 
@@ -108,10 +108,14 @@ def _covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def _on_device(loss: str, impl: str, device: torch.device) -> Backend:
+def _on_device(loss: str, impl: str, device: torch.device, dtype: torch.dtype | None = None) -> Backend:
     """Whether this device runs what the installation has; for a type of device that is not there, as if it did."""
     backend = BACKENDS[loss][impl]
-    if impl != "cuda" or not backend.available or device.type != "cuda" or not torch.cuda.is_available():
+    if impl != "cuda" or not backend.available:
+        return backend
+    if dtype == torch.float64:
+        return Backend(False, "CUDA kernels take fp32, bf16 and fp16, got fp64")
+    if device.type != "cuda" or not torch.cuda.is_available():
         return backend
     assert native is not None
     if torch.version.hip is not None:
@@ -156,8 +160,10 @@ def _warn_reference(loss: str, device: str, reason: str) -> None:
     )
 
 
-def resolve(loss: str, device: torch.device, impl: str = "auto") -> str:
+def resolve(loss: str, device: torch.device, impl: str = "auto", dtype: torch.dtype | None = None) -> str:
     """The implementation that will run `loss` on tensors of `device`: "reference", "cpp", "cuda" or "triton".
+
+    `dtype` is that of the tensors; None is one that every kernel takes.
 
     Raises:
         ValueError: `impl` is unknown, or does not run on this device.
@@ -168,7 +174,7 @@ def resolve(loss: str, device: torch.device, impl: str = "auto") -> str:
     if impl == "reference":
         return impl
     preferred = PREFERRED.get(device.type, ())
-    available = {name: _on_device(loss, name, device) for name in preferred}
+    available = {name: _on_device(loss, name, device, dtype) for name in preferred}
     if impl == "auto":
         for name in preferred:
             if available[name].available:

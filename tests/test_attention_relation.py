@@ -638,6 +638,21 @@ def test_nan_in_a_valid_token_is_not_hidden(impl):
 
 
 @pytest.mark.numerics
+@each_kind
+@each_implementation
+def test_nan_in_a_valid_token_leaves_padding_alone(impl, kind):
+    """Padding among the tokens that meet the NaN receives exactly 0, not 0 times NaN."""
+    tensors = features((1, 2, 40, 8, 8), "fp32", kind)
+    tensors["student_a"][0, :, 7] = math.nan
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[0, 3:6] = mask[0, 30:] = False
+    found = ours({**tensors, "mask": mask}, impl)
+    assert bool(found.gradients["student_a"][0, :, 7].isnan().all())
+    for gradient in found.gradients.values():
+        assert float(gradient[0, :, ~mask[0]].abs().sum()) == 0.0
+
+
+@pytest.mark.numerics
 @pytest.mark.parametrize("value", [1e3, -1e18, math.inf, math.nan])
 @each_implementation
 def test_later_tokens_cannot_be_seen(impl, value):

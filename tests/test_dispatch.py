@@ -46,6 +46,13 @@ def test_compiled_kernels_come_first(a_gpu):
     assert resolve("soft_target", CUDA, "triton") == "triton"
 
 
+def test_fp64_is_left_to_triton(a_gpu):
+    assert resolve("soft_target", CUDA, dtype=torch.float32) == "cuda"
+    assert resolve("soft_target", CUDA, dtype=torch.float64) == "triton"
+    with pytest.raises(RuntimeError, match="CUDA kernels take fp32, bf16 and fp16, got fp64"):
+        resolve("soft_target", CUDA, "cuda", torch.float64)
+
+
 def test_a_device_without_code_is_left_to_triton(a_gpu):
     a_gpu.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert resolve("soft_target", CUDA) == "triton"

@@ -16,6 +16,32 @@ CASES = {case.name: case for case in (SOFT_TARGET, ATTENTION_RELATION, PROJECTED
 each_kernel = pytest.mark.parametrize("loss", [loss for loss in CASES if loss in _dispatch.TRITON_OPS])
 
 
+@pytest.mark.parametrize(("rows", "scales"), [(3, 3), (5000, 1)])
+def test_scale_rows(rows, scales):
+    """One factor for each row and one for all, over several blocks; a factor of 1 leaves what is there."""
+    x = SOFT_TARGET.inputs((rows, 4099 if scales > 1 else 3))["student_logits"]
+    scale = torch.tensor([0.5, 1.0, 3.0]) if scales > 1 else torch.tensor(0.3)
+    expected = x * (scale.unsqueeze(-1) if scales > 1 else scale)
+    torch.ops.pydistill_triton.scale_rows_(x, scale)
+    torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
+def test_many_rows_lie_on_the_axis_of_a_grid_that_has_room(monkeypatch):
+    """The second and the third axis end at 65,535."""
+    from pydistill.kernels import scale_rows
+
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(scale_rows, "scale_rows", Launch())
+    scale_rows.scale_rows_(torch.ones(70_000, 5), torch.ones(70_000))
+    assert grids == [(70_000,)]
+
+
 @each_kernel
 def test_compiles_into_one_graph(loss):
     """torch.compile(fullgraph=True) goes through the op and its autograd, with the same value and gradients."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import _dispatch
-from pydistill.losses.checks import check_detached, check_num_items, shape
+from pydistill.losses.checks import check_detached, check_num_items, on_device, shape
 from pydistill.losses.gradient import check_first_order, scaled
 
 LOSS = "attention_relation"
@@ -265,7 +265,7 @@ class _FusedAttentionRelation(torch.autograd.Function):
         return None, *_student_gradients(ctx, grads[0]), *(None,) * (_OP_INPUTS - 4)
 
 
-for _namespace in sorted(set(_dispatch.NAMESPACES.values())):
+for _namespace in _dispatch.libraries:
     _register(_namespace)
 
 
@@ -288,15 +288,13 @@ def _call(
     wider = given[0].dtype
     for tensor in given:
         wider = torch.promote_types(wider, tensor.dtype)
-    if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=given[0].device)
     inputs = (
         *(None if tensor is None else tensor.to(wider) for tensor in (*students, *teachers)),
         relations,
         weights,
         None if mask is None else mask.bool(),
         None if segment_ids is None else segment_ids.long(),
-        num_items,
+        on_device(num_items, given[0].device),
         None,
         causal,
         relation_heads,

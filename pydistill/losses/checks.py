@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 Fail = Callable[..., NoReturn]
@@ -23,6 +24,13 @@ def check_num_items(fail: Fail, num_items: float | Tensor) -> None:
             fail(f"num_items must be a number or a tensor of one element, got shape {shape(num_items)}")
     elif not num_items > 0:
         fail(f"num_items must be above 0, got {num_items}")
+
+
+def on_device(num_items: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """`num_items` as kernels read it: a tensor of one element on the device where they run."""
+    if num_items is None or isinstance(num_items, Tensor):
+        return None if num_items is None else num_items.to(device, non_blocking=True)
+    return torch.full((), num_items, dtype=torch.float64, device=device)
 
 
 def check_detached(fail: Fail, name: str, tensor: Tensor) -> None:

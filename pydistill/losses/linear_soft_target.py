@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pydistill import _dispatch
 from pydistill.losses import soft_target
-from pydistill.losses.checks import check_detached, shape
+from pydistill.losses.checks import check_detached, on_device, shape
 from pydistill.losses.gradient import check_first_order, scaled
 
 LOSS = "linear_soft_target"
@@ -298,7 +298,9 @@ def linear_soft_target_loss(
         _fail(f"chunk_rows must be a whole number above 0 or None, got {chunk_rows!r}")
     # The rows are those of the hidden states: labels and mask are held against them as if they were logits.
     soft_target.check_rows(student_hidden, labels, mask)
-    resolved = _dispatch.resolve(soft_target.LOSS, student_hidden.device, impl)
+    sides = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    dtype = torch.promote_types(*(_product_dtype(*side) for side in sides))
+    resolved = _dispatch.resolve(soft_target.LOSS, student_hidden.device, impl, dtype)
     if resolved == "reference":
         return linear_soft_target_reference(
             student_hidden,
@@ -324,8 +326,6 @@ def linear_soft_target_loss(
         num_items = float(max(1, student_hidden.numel() // student_hidden.size(-1)))
         if valid is not None:
             num_items = valid.sum().clamp(min=1)
-    if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=student_hidden.device)
     if valid is not None:
         # What a row that does not count holds must not reach the products with it.
         student_hidden = torch.where(valid.unsqueeze(-1), student_hidden, 0.0)
@@ -335,7 +335,7 @@ def linear_soft_target_loss(
     rows = _Rows(
         None if labels is None else labels.reshape(-1).long(),
         None if mask is None else mask.reshape(-1).bool(),
-        num_items,
+        on_device(num_items, student_hidden.device),
         (
             divergence,
             float(temperature),
@@ -356,12 +356,18 @@ def linear_soft_target_loss(
     return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
 
 
-def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A side's rows and output layer as the product takes them: what nn.Linear does under autocast, or the widest."""
+def _product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype in which a side is multiplied: what nn.Linear does under autocast, or the widest."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if bias is not None:
         dtype = torch.promote_types(dtype, bias.dtype)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A side's rows and output layer as the product takes them."""
+    dtype = _product_dtype(hidden, weight, bias)
     return hidden.reshape(-1, hidden.size(-1)).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

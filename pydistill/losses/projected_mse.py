@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pydistill import _dispatch
-from pydistill.losses.checks import check_detached, check_num_items, shape
+from pydistill.losses.checks import check_detached, check_num_items, on_device, shape
 from pydistill.losses.gradient import check_first_order, scaled
 
 LOSS = "projected_mse"
@@ -235,7 +235,7 @@ class _FusedProjectedMse(torch.autograd.Function):
         return None, *_gradients(ctx, grads[0], ctx.needs_input_grad[1:])
 
 
-for _namespace in sorted(set(_dispatch.NAMESPACES.values())):
+for _namespace in _dispatch.libraries:
     _register(_namespace)
 
 
@@ -260,15 +260,13 @@ def _call(
     elif weights != rows:
         # A projection is small: in fp32 beside rows of any dtype.
         weights = torch.float32
-    if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=student.device)
     inputs = (
         student.reshape(-1, student.size(-1)).to(rows),
         teacher.reshape(-1, teacher.size(-1)).to(rows),
         projection.to(weights),
         None if bias is None else bias.to(weights),
         None if mask is None else mask.reshape(-1).bool(),
-        num_items,
+        on_device(num_items, student.device),
         None,
         up,
         normalize,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydistill import _dispatch
-from pydistill.losses.checks import check_detached, check_num_items, shape
+from pydistill.losses.checks import check_detached, check_num_items, on_device, shape
 from pydistill.losses.gradient import scaled
 
 LOSS = "soft_target"
@@ -277,7 +277,7 @@ class _FusedSoftTarget(torch.autograd.Function):
         return None, scaled(LOSS, ctx.ops, gradient, grads[0] * gradient_scale), *(None,) * 12
 
 
-for _namespace in sorted(set(_dispatch.NAMESPACES.values())):
+for _namespace in _dispatch.libraries:
     _register(_namespace)
 
 
@@ -352,7 +352,8 @@ def soft_target_loss(
     check_options(divergence, temperature, hard_weight, jsd_beta, reduction, num_items, labels)
     check_rows(student_logits, labels, mask)
     _check_teacher(student_logits, teacher_logits)
-    resolved = _dispatch.resolve(LOSS, student_logits.device, impl)
+    wider = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    resolved = _dispatch.resolve(LOSS, student_logits.device, impl, wider)
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     if inplace:
         _check_inplace(student_logits, resolved)
@@ -372,19 +373,16 @@ def soft_target_loss(
             num_items=num_items,
         )
     if student_logits.dtype != teacher_logits.dtype:
-        wider = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
         if inplace and wider != student_logits.dtype:
             _fail(
                 f"inplace=True needs teacher_logits no wider than the student's {student_logits.dtype}, got "
                 f"{teacher_logits.dtype}; pass teacher_logits.to({student_logits.dtype}), or inplace=False"
             )
         student_logits, teacher_logits = student_logits.to(wider), teacher_logits.to(wider)
-    if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=student_logits.device)
     options = (
         None if labels is None else labels.long(),
         None if mask is None else mask.bool(),
-        num_items,
+        on_device(num_items, student_logits.device),
         divergence,
         float(temperature),
         float(hard_weight),

@@ -97,8 +97,11 @@ def test_half_precision_leaves_a_power_of_two_to_backward():
 
 def test_fp64_names_the_way_out():
     tensors = inputs((4, 5), torch.float64)
-    with pytest.raises(RuntimeError, match=r"fp32, bf16 and fp16, got fp64; use impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"impl='cuda' is not available: CUDA kernels take fp32, .*got fp64. Use"):
         soft_target_loss(tensors["student_logits"], tensors["teacher_logits"], impl="cuda")
+    arguments = options(tensors)
+    with pytest.raises(RuntimeError, match=r"fp32, bf16 and fp16, got fp64; use impl='reference'"):
+        ops.soft_target(tensors["student_logits"], tensors["teacher_logits"], *arguments, True)
 
 
 @each_order
