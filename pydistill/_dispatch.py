@@ -76,7 +76,7 @@ def _load_triton() -> Backend:
     for op in TRITON_OPS:
         for key in ("CUDA", "CPU") if interpreting else ("CUDA",):
             libraries["pydistill_triton"].impl(op, kernel(op), key)
-    return Backend(True, f"triton {metadata.version('triton')}{', interpreted' if interpreting else ''}")
+    return Backend(True, "compiled by triton when first used" if not interpreting else "run by triton's interpreter")
 
 
 def _cuda(loss: str) -> Backend:
@@ -174,22 +174,24 @@ def resolve(loss: str, device: torch.device, impl: str = "auto", dtype: torch.dt
     if impl == "reference":
         return impl
     preferred = PREFERRED.get(device.type, ())
-    available = {name: _on_device(loss, name, device, dtype) for name in preferred}
     if impl == "auto":
         for name in preferred:
-            if available[name].available:
+            if _on_device(loss, name, device, dtype).available:
                 return name
         # Choosing the reference because the user switched the kernels off is no surprise; anything else is said once.
         if os.environ.get("PYDISTILL_NATIVE") != "0" and not torch.compiler.is_compiling():
-            reason = available[preferred[0]].reason if preferred else "no kernel is written for it"
+            reason = (
+                _on_device(loss, preferred[0], device, dtype).reason if preferred else "no kernel is written for it"
+            )
             _warn_reference(loss, device.type, reason)
         return "reference"
     if impl not in preferred:
         fitting = ", ".join(repr(name) for name in ("auto", "reference", *preferred))
         raise ValueError(f"{loss}: impl={impl!r} does not run on device '{device}'; use one of {fitting}")
-    if not available[impl].available:
+    backend = _on_device(loss, impl, device, dtype)
+    if not backend.available:
         raise RuntimeError(
-            f"{loss}: impl={impl!r} is not available: {available[impl].reason}. "
+            f"{loss}: impl={impl!r} is not available: {backend.reason}. "
             "Use impl='auto'" + (", or reinstall pydistill with a C++ compiler at hand." if impl == "cpp" else ".")
         )
     return impl
