@@ -228,9 +228,9 @@ class Machine:
         ready: dict[int, NDArray[np.int64]] = {0: self.threads}
         waiting: dict[int, NDArray[np.int64]] = {}
 
-        def meet(at: int, threads: NDArray[np.int64]) -> None:
+        def meet(at: int, threads: NDArray[np.int64], where: dict[int, NDArray[np.int64]] = ready) -> None:
             if threads.size:
-                ready[at] = np.sort(np.concatenate([ready[at], threads])) if at in ready else threads
+                where[at] = np.sort(np.concatenate([where[at], threads])) if at in where else threads
 
         while ready or waiting:
             if not ready:
@@ -273,7 +273,7 @@ class Machine:
                 elif barriers[pc]:
                     if active.size < threads.size:
                         raise PtxError(f"barrier for a part of the threads: {code[pc].place}")
-                    waiting[pc] = np.concatenate([waiting[pc], threads]) if pc in waiting else threads
+                    meet(pc, threads, waiting)
                     break
                 else:
                     if active.size:

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA sources compiled by nvcc and launched without a GPU.
+
+The launchers of .cu files run on the host as they are, against `cuda_runtime.c` in the place of CUDA's runtime; the kernels
+that they launch are interpreted, from the PTX in the same file, on the memory of CPU tensors::
+
+    library = build([source])
+    with library.device(x, y) as device:
+        library.functions.launch(x.data_ptr(), y.data_ptr(), x.numel(), None)
+    device.launches[0].traffic
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ptx import interpreter, parser
+from ptx.memory import Traffic
+from ptx.static import TOOLS
+
+RUNTIME = Path(__file__).parent / "cuda_runtime.c"
+FLAGS = ("-std=c++17", "-O3", "-lineinfo")
+LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
+CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t,
+)  # fmt: skip
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler, where there is one: NVCC, on the path, or /usr/local/cuda."""
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+NO_NVCC = "CUDA's compiler is needed: nvcc on the path, or its place in NVCC"
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(str(word) for word in command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _compiler() -> str:
+    found = nvcc()
+    if found is None:
+        raise RuntimeError(NO_NVCC)
+    return found
+
+
+def _kept(sources: Sequence[Path], options: Sequence[str], suffix: str) -> Path:
+    """Where what is compiled from these sources, their neighbours and options is kept until the machine tidies up."""
+    digest = hashlib.sha256(repr([*options, *map(str, sources)]).encode())
+    files = {RUNTIME, *sources, *(file for one in sources for file in one.parent.glob("*.cuh"))}
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"pydistill-ptx-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{digest.hexdigest()[:24]}{suffix}"
+
+
+def cubin(source: Path, target: str, options: Sequence[str] = ()) -> bytes:
+    """Machine code for sm_80, sm_90..."""
+    kept = _kept([source], [*options, target], ".cubin")
+    if not kept.exists():
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        _run(_compiler(), *FLAGS, *options, "-cubin", f"-arch={target}", source, "-o", temporary)
+        temporary.replace(kept)
+    return kept.read_bytes()
+
+
+def build(sources: Sequence[Path], options: Sequence[str] = ()) -> Library:
+    """Sources and the runtime of the tests as one library, with PTX for compute_80."""
+    kept = _kept(sources, options, ".so")
+    if not kept.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            runtime, made = Path(folder) / "runtime.o", Path(folder) / "made.so"
+            _run("cc", "-O1", "-fPIC", "-fvisibility=default", "-c", RUNTIME, "-o", runtime)
+            _run(
+                _compiler(), *FLAGS, *options, "-shared", "-cudart", "none", "-arch=compute_80",
+                "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", *sources, runtime, "-o", made,
+            )  # fmt: skip
+            shutil.move(made, kept.with_suffix(f".{os.getpid()}"))
+            kept.with_suffix(f".{os.getpid()}").replace(kept)
+    return Library(kept)
+
+
+@dataclass
+class Launch:
+    """A launch of a kernel by a launcher; `parameters` are the bytes of each."""
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    ptx: str
+    parameters: list[bytes]
+    tensors: Sequence[Tensor]
+    traffic: Traffic | None = None
+    steps: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.block[0] * self.block[1] * self.block[2]
+
+    def execute(self, text: str | None = None, max_steps: int = 10_000_000) -> None:
+        """Runs the kernel, or another text in the place of its PTX."""
+        machine = interpreter.launch(
+            interpreter.read(text or self.ptx, self.name),
+            self.grid,
+            self.block,
+            self.parameters,
+            shared=self.shared,
+            tensors=self.tensors,
+            max_steps=max_steps,
+        )
+        self.traffic, self.steps = machine.traffic, machine.steps
+
+
+class Library:
+    """A built library; `functions` are its C functions, as ctypes has them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.functions = ctypes.CDLL(str(path))
+
+    @cached_property
+    def ptx(self) -> dict[str, str]:
+        """The text that has each kernel."""
+        dump = _run(TOOLS / "cuobjdump", "--dump-ptx", self.path)
+        texts = [part for part in re.split(r"(?m)^(?=\.version)", dump) if part.startswith(".version")]
+        texts = [text.split("\nFatbin")[0] for text in texts]
+        return {name: text for text in texts for name in parser.entries(text)}
+
+    def device(self, *tensors: Tensor) -> Device:
+        """Inside of its context, launchers launch on the memory of these tensors."""
+        return Device(self, tensors)
+
+
+class Device:
+    def __init__(self, library: Library, tensors: Sequence[Tensor]) -> None:
+        self.library, self.tensors = library, tensors
+        self.launches: list[Launch] = []
+        self.error: BaseException | None = None
+        self.callback = CALLBACK(self._take)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of all launches together."""
+        return sum((launch.traffic for launch in self.launches if launch.traffic), Traffic())
+
+    def __enter__(self) -> Device:
+        self.library.functions.pydistill_on_launch(self.callback)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.library.functions.pydistill_on_launch(None)
+        if self.error is not None:
+            raise self.error
+
+    def _take(self, name: bytes, grid: Any, block: Any, arguments: Any, shared: int) -> int:
+        # An exception cannot pass through C: the launcher sees an error code, and the exception waits for the end.
+        try:
+            text = self.library.ptx[name.decode()]
+            sizes = interpreter.read(text, name.decode()).parameters.values()
+            parameters = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
+            launch = Launch(
+                name.decode(), tuple(grid[:3]), tuple(block[:3]), shared, text, parameters, self.tensors
+            )
+            self.launches.append(launch)
+            launch.execute()
+        except Exception as error:
+            self.error = self.error or error
+            return LAUNCH_FAILURE
+        return 0
