@@ -247,9 +247,10 @@ class SharedMemory:
         self.any_filling = True
 
     def end_filling(self, address: Array, values: Array, threads: Array) -> None:
-        """The wait of the thread that had issued the copy: [threads, bytes]."""
-        offset = self.offsets(address, values.shape[1], threads, "write")
-        self.filling[self.places(offset, values.shape[1])] = False
+        """The wait of the thread that had issued the copy."""
+        size = values.dtype.itemsize * values.shape[1]
+        offset = self.offsets(address, size, threads, "write")
+        self.filling[self.places(offset, size)] = False
         self.any_filling = bool(self.filling.any())
         self.store(address, values, threads)
 
