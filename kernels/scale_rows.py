@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rows *= scale in Triton, which every loss's backward ends with. A factor of 1, the usual one, costs no memory traffic."""
+"""rows *= scale in Triton, which every loss's backward ends with. A factor of 1, the usual one, costs no traffic."""
 
 from __future__ import annotations
 

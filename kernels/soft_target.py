@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soft-target loss in Triton: value and gradient of a row by one program.
 
-With p = softmax(t / T), q = softmax(s / T) and logarithms to the base 2, taken relative to the maximum of the row, as in
-log2 p = (t - max t) (log2 e / T) - log2 sum 2^((t - max t) (log2 e / T)), the forward KL (Hinton et al. 2015, arXiv
+With p = softmax(t / T), q = softmax(s / T) and logarithms to the base 2, taken relative to the maximum of the row, as
+in log2 p = (t - max t) (log2 e / T) - log2 sum 2^((t - max t) (log2 e / T)), the forward KL (Hinton et al. 2015, arXiv
 1503.02531) of a row is ln 2 sum p (log2 p - log2 q) with gradient (q - p) / T; the reverse KL the same with the sides
-swapped and gradient q (log(q / p) - KL) / T; the generalised Jensen-Shannon divergence (arXiv 2306.13649) has the gradient
-(1 - b) q (log(q / m) - KL(q||m)) / T.
+swapped and gradient q (log(q / p) - KL) / T; the generalised Jensen-Shannon divergence (arXiv 2306.13649) has the
+gradient (1 - b) q (log(q / m) - KL(q||m)) / T.
 
 A row that fits a program's registers is read once. A longer one is walked in blocks: once for maxima and sums of
 exponentials, once more for value and gradient, and in between for the mean that the gradients of the reverse KL and of
-the Jensen-Shannon divergence need. Nothing else of that size exists. The number of valid rows is counted on the device, and
-rows are added in a fixed order.
+the Jensen-Shannon divergence need. Nothing else of that size exists. The number of valid rows is counted on the device,
+and rows are added in a fixed order.
 
 A label outside the classes cannot be refused without waiting for the device: its row, and with it the loss, is NaN.
 """
@@ -60,7 +60,7 @@ def count_rows(
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ITEMS: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What depends on the number of valid rows: factors of the loss and of its gradient, [2], and what backward applies.
+    """What depends on the number of valid rows: factors of the loss and of its gradient, [2], and what backward does.
 
     fp16 has no room below for a gradient divided by many rows: that factor is left to backward, where the incoming
     gradient (which a loss scaler makes large) meets it first. A power of two, so that nothing is rounded twice.
@@ -169,7 +169,11 @@ def soft_target_rows(
             max_t, sum_t = _online(max_t, sum_t, t, scale)
         if HARD:
             max_h, sum_h = _online(max_h, sum_h, s, LOG2E)
-    log_s, log_t, log_h = tl.log2(sum_s), tl.log2(sum_t), tl.log2(sum_h)
+    log_s, log_t, log_h = zero, zero, zero
+    if PROBABILITIES:
+        log_s, log_t = tl.log2(sum_s), tl.log2(sum_t)
+    if HARD:
+        log_h = tl.log2(sum_h)
 
     mean = zero
     if MEAN:
@@ -248,7 +252,7 @@ def sum_rows(row_loss, factors, loss, count, BLOCK: tl.constexpr):
 
 # --------------------------------------------------------------------------- host
 
-WHOLE_CLASSES = 16384  # up to here a row stays in a program's registers
+WHOLE_CLASSES = 8192  # up to here a row stays in a program's registers, without spills
 ROW_BLOCK = 4096  # classes that a longer row is walked by
 
 

@@ -31,6 +31,7 @@ from pydistill.losses.attention_relation import (  # noqa: E402 (the checks abov
     AttentionRelation,
     attention_relation_loss,
 )
+from pydistill.losses.linear_soft_target import linear_soft_target_loss  # noqa: E402 (the checks above must come first)
 from pydistill.losses.projected_mse import (  # noqa: E402 (the checks above must come first)
     ProjectedMSE,
     projected_mse_loss,
@@ -53,6 +54,7 @@ __all__ = [
     "__version__",
     "attention_relation_loss",
     "capture",
+    "linear_soft_target_loss",
     "plan",
     "projected_mse_loss",
     "run",

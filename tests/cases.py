@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.losses import attention_relation, projected_mse, soft_target
+from pydistill.losses import attention_relation, linear_soft_target, projected_mse, soft_target
 
 Tensors = dict[str, Tensor]
 Keywords = Mapping[str, Any]
@@ -175,6 +175,51 @@ SOFT_TARGET = LossCase(
         "num_items tensor": {"num_items": torch.tensor(5.5), "tensors": ("mask",)},
     },
 )  # fmt: skip
+
+
+def linear_soft_target_inputs(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, *, seed: int = 0, scale: float = 3.0
+) -> Tensors:
+    """`shape` is (*, ds, dt, C). Normal hidden states and output layers that give logits of the given scale; labels and
+    mask as those of `soft_target_inputs`."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, student_size, teacher_size, classes = shape
+
+    def normal(*sizes: int, factor: float = 1.0) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).mul_(factor).to(dtype)
+
+    labels = torch.randint(classes, rows, generator=generator)
+    return {
+        "student_hidden": normal(*rows, student_size),
+        "student_weight": normal(classes, student_size, factor=scale * student_size**-0.5),
+        "student_bias": normal(classes, factor=0.3 * scale),
+        "teacher_hidden": normal(*rows, teacher_size),
+        "teacher_weight": normal(classes, teacher_size, factor=scale * teacher_size**-0.5),
+        "teacher_bias": normal(classes, factor=0.3 * scale),
+        "labels": labels.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100),
+        "mask": torch.rand(rows, generator=generator) > 0.2,
+    }
+
+
+LINEAR_SOFT_TARGET = LossCase(
+    name="linear_soft_target",
+    loss=linear_soft_target.linear_soft_target_loss,
+    reference=linear_soft_target.linear_soft_target_reference,
+    differentiable=("student_hidden", "student_weight", "student_bias"),
+    inputs=linear_soft_target_inputs,
+    optional=("student_bias", "teacher_bias", "labels", "mask"),
+    variants={
+        "plain": {},
+        "biases": {"tensors": ("student_bias", "teacher_bias")},
+        "kl+ce T=2": {"temperature": 2.0, "hard_weight": 0.5, "tensors": ("student_bias", "labels", "mask")},
+        "reverse_kl": {"divergence": "reverse_kl", "tensors": ("mask",)},
+        "jsd 0.1": {"divergence": "jsd", "jsd_beta": 0.1, "tensors": ("teacher_bias", "labels")},
+        "sum": {"reduction": "sum", "tensors": ("mask",)},
+        "none": {"reduction": "none", "hard_weight": 0.5, "tensors": ("student_bias", "labels", "mask")},
+        "num_items": {"num_items": 37, "tensors": ("mask",)},
+        "num_items tensor": {"num_items": torch.tensor(5.5), "tensors": ("student_bias",)},
+    },
+)
 
 
 def attention_relation_inputs(

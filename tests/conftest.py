@@ -14,6 +14,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import mend_bf16
+
+    mend_bf16()
+    if os.environ.get("PYDISTILL_TEST_BLOCKS") == "small":
+        from pydistill.kernels import soft_target
+
+        # So that short rows are walked in blocks, as only long ones are otherwise.
+        soft_target.WHOLE_CLASSES, soft_target.ROW_BLOCK = 64, 32
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(

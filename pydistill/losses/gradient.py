@@ -15,7 +15,8 @@ def scaled(loss: str, ops: Any, gradient: Tensor, scale: Tensor) -> Tensor:
 
     `gradient` must be dense. It is scaled in place, unless it may be asked for again.
     """
-    if type(gradient) is not Tensor:  # traced by a compiler, which plans memory and fuses the product itself
+    # Traced by a compiler, which plans memory and fuses the product itself.
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor:
         return (gradient * (scale if scale.dim() == 0 else scale.unsqueeze(-1))).to(gradient.dtype)
     check_first_order(loss)
     # The gradient was made by the forward. Handing it out without a copy is only right if nobody asks for it again.

@@ -41,7 +41,7 @@ def soft_target_reference(
     """The specification of `soft_target_loss`: eager PyTorch in fp32 (fp64 for fp64), differentiated by autograd."""
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
-    valid = _valid_rows(labels, mask, ignore_index)
+    valid = valid_rows(labels, mask, ignore_index)
     if valid is not None:
         # Selecting before any arithmetic is what keeps NaN and inf of invalid rows out of value and gradient.
         student = torch.where(valid.unsqueeze(-1), student, 0.0)
@@ -92,7 +92,7 @@ def _divergence_of_log_probs(log_q: Tensor, log_p: Tensor, divergence: str, jsd_
     return (jsd_beta * teacher_part + (1 - jsd_beta) * student_part).sum(-1)
 
 
-def _valid_rows(labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+def valid_rows(labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor | None:
     """Rows that count: inside the mask and with a label other than `ignore_index`. None where all do."""
     valid = None if mask is None else mask.bool()
     if labels is not None:
@@ -122,7 +122,7 @@ def _fail(message: str, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{LOSS}: {message}")
 
 
-def _check_options(
+def check_options(
     divergence: str,
     temperature: float,
     hard_weight: float,
@@ -151,7 +151,7 @@ def _check_options(
         check_num_items(_fail, num_items)
 
 
-def _check_rows(student_logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
+def check_rows(student_logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
     if not student_logits.is_floating_point():
         _fail(f"student_logits must be a floating-point tensor, got {student_logits.dtype}", TypeError)
     if student_logits.dim() < 1 or student_logits.size(-1) < 1:
@@ -349,8 +349,8 @@ def soft_target_loss(
         RuntimeError: the teacher requires grad, the implementation is missing, or backward runs twice through this loss
             with ``create_graph=True``.
     """
-    _check_options(divergence, temperature, hard_weight, jsd_beta, reduction, num_items, labels)
-    _check_rows(student_logits, labels, mask)
+    check_options(divergence, temperature, hard_weight, jsd_beta, reduction, num_items, labels)
+    check_rows(student_logits, labels, mask)
     _check_teacher(student_logits, teacher_logits)
     resolved = _dispatch.resolve(LOSS, student_logits.device, impl)
     with_gradient = torch.is_grad_enabled() and student_logits.requires_grad
@@ -443,8 +443,8 @@ def sparse_soft_target_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `soft_target_loss`.
     """
-    _check_options(divergence, temperature, hard_weight, jsd_beta, reduction, num_items, labels)
-    _check_rows(student_logits, labels, mask)
+    check_options(divergence, temperature, hard_weight, jsd_beta, reduction, num_items, labels)
+    check_rows(student_logits, labels, mask)
     check_detached(_fail, "teacher_log_probs", teacher_log_probs)
     if divergence == "mse":
         _fail(
@@ -469,7 +469,7 @@ def sparse_soft_target_loss(
 
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student, log_p = student_logits.to(dtype), teacher_log_probs.to(dtype)
-    valid = _valid_rows(labels, mask, ignore_index)
+    valid = valid_rows(labels, mask, ignore_index)
     if valid is not None:
         student = torch.where(valid.unsqueeze(-1), student, 0.0)
         log_p = torch.where(valid.unsqueeze(-1), log_p, -float(torch.tensor(classes).log()))
@@ -537,7 +537,7 @@ class SoftTarget(nn.Module):
     ) -> None:
         super().__init__()
         # hard_weight=1 is checked against the labels of a batch; here any labels will do.
-        _check_options(divergence, temperature, hard_weight, jsd_beta, "mean", None, labels=torch.empty(0))
+        check_options(divergence, temperature, hard_weight, jsd_beta, "mean", None, labels=torch.empty(0))
         if inplace and hard_weight == 1:
             _fail("inplace=True has nothing to write with hard_weight=1, where the term is the plain cross-entropy")
         self.weight = weight
