@@ -27,16 +27,14 @@ VECTOR = r"(\.v(?P<count>[248]))?\.(?P<kind>[busf]\d+)"
 @instruction(rf"ld\.param{VECTOR}")
 def _(machine: Machine, operands: tuple[str, ...], match: Match) -> Step:
     kind, names = match["kind"], machine.vector(operands[0])
-    found = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", operands[1])
-    if not found:
-        raise PtxError(f"parameter not understood: {operands[1]}")
-    content = machine.parameters[found[1]][int(found[2] or 0) :]
-    values = np.frombuffer(content, KINDS[kind], len(names))
+    address = machine.address(operands[1])
+    content = np.frombuffer(machine.parameters, KINDS[kind])
     writes = [machine.destination(name, kind) for name in names]
 
     def step(lanes: Lanes) -> None:
-        for write, value in zip(writes, values, strict=True):
-            write(lanes, value)
+        first = address(lanes) // np.uint64(content.itemsize)
+        for place, write in enumerate(writes):
+            write(lanes, content[first + np.uint64(place)])
 
     return step
 

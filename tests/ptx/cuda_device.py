@@ -8,6 +8,12 @@ that they launch are interpreted, from the PTX in the same file, on the memory o
     with library.device(x, y) as device:
         library.functions.launch(x.data_ptr(), y.data_ptr(), x.numel(), None)
     device.launches[0].traffic
+
+With the bindings of csrc/cuda in the library too, whole ops run so on CPU tensors::
+
+    library = ops()
+    with library.device() as device:
+        loss, gradient, scale = torch.ops.pydistill_ptx.soft_target(...)
 """
 
 from __future__ import annotations
@@ -21,19 +27,24 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ptx import interpreter, parser
-from ptx.memory import Traffic
+from ptx.memory import Snapshot, Traffic
+from ptx.parser import Program
 from ptx.static import TOOLS
 
+CSRC = Path(__file__).parents[2] / "csrc"
 RUNTIME = Path(__file__).parent / "cuda_runtime.c"
-FLAGS = ("-std=c++17", "-O3", "-lineinfo")
+FLAGS = ("-std=c++20", "-O3", "-lineinfo")
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint),
@@ -46,6 +57,7 @@ def nvcc() -> str | None:
     return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+_defined: list[torch.library.Library] = []  # a schema lasts as long as its library
 NO_NVCC = "CUDA's compiler is needed: nvcc on the path, or its place in NVCC"
 
 
@@ -84,20 +96,64 @@ def cubin(source: Path, target: str, options: Sequence[str] = ()) -> bytes:
     return kept.read_bytes()
 
 
-def build(sources: Sequence[Path], options: Sequence[str] = ()) -> Library:
-    """Sources and the runtime of the tests as one library, with PTX for compute_80."""
-    kept = _kept(sources, options, ".so")
+def build(sources: Sequence[Path], options: Sequence[str] = (), objects: Sequence[Path] = ()) -> Library:
+    """Sources and the runtime of the tests as one library, with PTX for compute_80; `objects` are linked to it."""
+    kept = _kept([*sources, *objects], options, ".so")
     if not kept.exists():
         with tempfile.TemporaryDirectory() as folder:
             runtime, made = Path(folder) / "runtime.o", Path(folder) / "made.so"
             _run("cc", "-O1", "-fPIC", "-fvisibility=default", "-c", RUNTIME, "-o", runtime)
             _run(
                 _compiler(), *FLAGS, *options, "-shared", "-cudart", "none", "-arch=compute_80",
-                "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", *sources, runtime, "-o", made,
+                "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", *sources, *objects, runtime, "-o", made,
             )  # fmt: skip
             shutil.move(made, kept.with_suffix(f".{os.getpid()}"))
             kept.with_suffix(f".{os.getpid()}").replace(kept)
     return Library(kept)
+
+
+@cache
+def ops(csrc: Path = CSRC, namespace: str = "pydistill_ptx") -> Library:
+    """The library of the package's CUDA ops, with their bindings, as operators of a namespace on CPU tensors."""
+    torch_folder = Path(torch.__file__).parent
+    bindings = sorted((csrc / "cuda").glob("*.cpp"))
+    objects = []
+    options = [
+        "-std=c++20", "-O1", "-fPIC", f"-DPYD_NAMESPACE={namespace}", "-DPYD_KEY=CPU", "-DPYD_SIMT_HOST",
+        "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch_folder / 'include'}",
+    ]  # fmt: skip
+    for binding in bindings:
+        made = _kept([binding, *csrc.rglob("*.h")], options, ".o")
+        if not made.exists():
+            temporary = made.with_suffix(f".{os.getpid()}.o")
+            _run("c++", *options, "-c", binding, "-o", temporary)
+            temporary.replace(made)
+        objects.append(made)
+    links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-Xlinker", f"-rpath={torch_folder / 'lib'}"]
+    _define(namespace)
+    library = build(sorted((csrc / "cuda").glob("*.cu")), links, objects)
+    torch.ops.load_library(str(library.path))
+    return library
+
+
+def _define(namespace: str) -> None:
+    """The ops' schemas, fake kernels and autograd, as the package has them."""
+    from pydistill import _schemas
+    from pydistill.losses import attention_relation, projected_mse, soft_target
+
+    _defined.append(_schemas.define(namespace))
+    for loss in (soft_target, attention_relation, projected_mse):
+        loss._register(namespace)
+
+
+def stand_in_for_cuda(namespace: str = "pydistill_ptx") -> None:
+    """From here on, ``impl="cuda"`` is for CPU tensors too, and calls the ops of `ops`."""
+    from pydistill import _dispatch
+
+    for loss in _dispatch.LOSSES:
+        _dispatch.BACKENDS[loss]["cuda"] = _dispatch.Backend(True, "CUDA kernels interpreted by tests/ptx")
+    _dispatch.NAMESPACES["cuda"] = namespace
+    _dispatch.PREFERRED["cpu"] = ("cuda",)
 
 
 @dataclass
@@ -113,16 +169,21 @@ class Launch:
     tensors: Sequence[Tensor]
     traffic: Traffic | None = None
     steps: int = 0
+    before: Snapshot | None = None
 
     @property
     def threads(self) -> int:
         """Of a block."""
         return self.block[0] * self.block[1] * self.block[2]
 
-    def execute(self, text: str | None = None, max_steps: int = 10_000_000) -> None:
-        """Runs the kernel, or another text in the place of its PTX."""
+    @property
+    def program(self) -> Program:
+        return interpreter.read(self.ptx, self.name)
+
+    def execute(self, program: Program | None = None, max_steps: int = 10_000_000) -> None:
+        """Runs the kernel, or another one in its place."""
         machine = interpreter.launch(
-            interpreter.read(text or self.ptx, self.name),
+            program or self.program,
             self.grid,
             self.block,
             self.parameters,
@@ -148,14 +209,35 @@ class Library:
         texts = [text.split("\nFatbin")[0] for text in texts]
         return {name: text for text in texts for name in parser.entries(text)}
 
-    def device(self, *tensors: Tensor) -> Device:
-        """Inside of its context, launchers launch on the memory of these tensors."""
-        return Device(self, tensors)
+    def device(self, *tensors: Tensor, keep: bool = False) -> Device:
+        """Inside of its context, launchers launch on the memory of these tensors; `keep`: every launch remembers what
+        was in memory, so that it can be repeated."""
+        return Device(self, tensors, keep)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes every tensor that appears, those that bindings allocate in C++ included, and keeps it alive: a pointer among
+    a kernel's parameters is then into one of them."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace.startswith("pydistill"):
+            # Straight to the kernel, and this mode stays active for what it calls.
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        result = func(*args, **kwargs)
+        self.tensors += [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        return result
 
 
 class Device:
-    def __init__(self, library: Library, tensors: Sequence[Tensor]) -> None:
-        self.library, self.tensors = library, tensors
+    def __init__(self, library: Library, tensors: Sequence[Tensor], keep: bool = False) -> None:
+        self.library, self.tensors, self.keep = library, list(tensors), keep
+        self.seen = _Seen(self.tensors)
         self.launches: list[Launch] = []
         self.error: BaseException | None = None
         self.callback = CALLBACK(self._take)
@@ -167,9 +249,11 @@ class Device:
 
     def __enter__(self) -> Device:
         self.library.functions.pydistill_on_launch(self.callback)
+        self.seen.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.seen.__exit__(kind, error, trace)
         self.library.functions.pydistill_on_launch(None)
         if self.error is not None:
             raise self.error
@@ -181,9 +265,11 @@ class Device:
             sizes = interpreter.read(text, name.decode()).parameters.values()
             parameters = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
             launch = Launch(
-                name.decode(), tuple(grid[:3]), tuple(block[:3]), shared, text, parameters, self.tensors
+                name.decode(), tuple(grid[:3]), tuple(block[:3]), shared, text, parameters, tuple(self.tensors)
             )
             self.launches.append(launch)
+            if self.keep:
+                launch.before = Snapshot(launch.tensors)
             launch.execute()
         except Exception as error:
             self.error = self.error or error

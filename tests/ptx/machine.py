@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,12 @@ class Machine:
             self.blocks, self.threads_per_block, program.static_shared + dynamic_shared, _granule(opcodes, "shared")
         )
         padded = [*parameters, *[b""] * (len(program.parameters) - len(parameters))]
-        self.parameters = {
-            name: given.ljust(size, b"\0")
-            for (name, size), given in zip(program.parameters.items(), padded, strict=True)
-        }
+        # One after the other, each at a multiple of 16 bytes.
+        self.parameters = b""
+        self.parameter_places: dict[str, int] = {}
+        for (name, size), given in zip(program.parameters.items(), padded, strict=True):
+            self.parameter_places[name] = len(self.parameters)
+            self.parameters += given.ljust(-(-size // 16) * 16, b"\0")
         self.registers: dict[str, Array] = {}
         self.special = self._special()
         self.copies: list[tuple[Array, Array, Array, Array]] = []  # threads, shared address, bytes, number of the group
@@ -129,8 +132,9 @@ class Machine:
         return np.broadcast_to(self.constant(operand, dtype), self.count)
 
     def constant(self, operand: str, dtype: np.dtype[Any]) -> Array:
-        if operand in self.program.shared:
-            return np.array(self.program.shared[operand], dtype)
+        symbols = self.program.shared if operand in self.program.shared else self.parameter_places
+        if operand in symbols:
+            return np.array(symbols[operand], dtype)
         if operand.startswith(("0f", "0F")):
             return (
                 np.array(int(operand[2:], 16), np.uint32)
@@ -299,10 +303,17 @@ class Machine:
 
     def bind(self, one: Instruction) -> Step:
         """What an instruction does, with its operands looked up."""
-        for pattern, binder in BINDERS:
-            if match := pattern.fullmatch(one.opcode):
-                return binder(self, one.operands, match)
-        raise PtxError(f"instruction not supported ({one.opcode})")
+        found = _binder(one.opcode)
+        if found is None:
+            raise PtxError(f"instruction not supported ({one.opcode})")
+        binder, match = found
+        return binder(self, one.operands, match)
+
+
+@cache
+def _binder(opcode: str) -> tuple[Callable[..., Step], re.Match[str]] | None:
+    matches = ((binder, pattern.fullmatch(opcode)) for pattern, binder in BINDERS)
+    return next(((binder, match) for binder, match in matches if match), None)
 
 
 def _is_barrier(opcode: str) -> bool:

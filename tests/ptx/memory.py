@@ -106,6 +106,18 @@ class GlobalMemory:
                 content[...] = changed
 
 
+class Snapshot:
+    """The content of the storages of some tensors, to be put back."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors if one.numel()}
+        self.kept = [(storage, storage.clone()) for storage in storages.values()]
+
+    def restore(self) -> None:
+        for storage, content in self.kept:
+            storage.copy_(content)
+
+
 def _mark(owned: NDArray[np.bool_], tensor: Tensor) -> None:
     """Bytes of a tensor's elements in its storage."""
     if tensor.numel() == 0:
@@ -292,6 +304,8 @@ class SharedMemory:
             conflict |= recent & (reader != thread) & (self.read_warp_epoch[place] == warp_epoch)
         if conflict.any():
             raise PtxError(f"shared-memory race between {self.describe(conflict, same_warp)}: no barrier since another")
+        if kind == "read" and (writer == NOBODY).any():
+            raise PtxError("shared read of a place that nobody has written")
         if kind == "write":
             self.writer[place] = thread
             self.write_epoch[place], self.write_warp_epoch[place] = epoch, warp_epoch

@@ -29,7 +29,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from ptx import interpreter
-from ptx.memory import Traffic
+from ptx.memory import Snapshot, Traffic
+from ptx.parser import Program
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,6 +55,7 @@ class Launch:
         arguments: what the compiled code takes, with Triton's names of their types: neither constants nor arguments
             to which it is specialised.
         traffic: of global memory, where the launch was executed.
+        before: what was in memory, where the device keeps it.
     """
 
     name: str
@@ -63,16 +65,26 @@ class Launch:
     arguments: list[tuple[str, Any]]
     traffic: Traffic | None = None
     steps: int = 0
+    before: Snapshot | None = None
 
     @property
     def threads(self) -> int:
         """Of a program."""
         return self.metadata.num_warps * self.metadata.target.warp_size
 
-    def execute(self, text: str | None = None, max_steps: int = 10_000_000) -> None:
-        """Runs the PTX, or another text in its place, on the arguments' memory."""
+    @property
+    def program(self) -> Program:
+        return interpreter.read(self.asm["ptx"])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the kernel may access."""
+        return [value for kind, value in self.arguments if kind.startswith("*")]
+
+    def execute(self, program: Program | None = None, max_steps: int = 10_000_000) -> None:
+        """Runs the kernel, or another one in its place, on the arguments' memory."""
         machine = interpreter.launch(
-            text or self.asm["ptx"],
+            program or self.program,
             self.grid,
             (self.threads,),
             [encode(kind, value) for kind, value in self.arguments],
@@ -141,9 +153,11 @@ class Device(DriverBase):
 
     launcher_cls = _Launcher
 
-    def __init__(self, target: str, *, execute: bool | None = None) -> None:
-        """`target` is a name in TARGETS; `execute` is the default for sm_80, and possible for no other."""
+    def __init__(self, target: str, *, execute: bool | None = None, keep: bool = False) -> None:
+        """`target` is a name in TARGETS; `execute` is the default for sm_80, and possible for no other; `keep`: every
+        launch remembers what was in memory, so that it can be repeated."""
         super().__init__()
+        self.keep = keep
         self.target, self.execute = target, target == "sm_80" if execute is None else execute
         self.launches: list[Launch] = []
         self.previous: DriverBase | None = None
@@ -155,6 +169,8 @@ class Device(DriverBase):
 
     def take(self, launch: Launch) -> None:
         self.launches.append(launch)
+        if self.keep:
+            launch.before = Snapshot(launch.tensors)
         if self.execute:
             launch.execute()
 
