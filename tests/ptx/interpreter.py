@@ -55,7 +55,8 @@ def launch(
     Raises:
         PtxError: the kernel did what it must not, or what is not supported.
     """
-    memory = GlobalMemory([*tensors, *(one for one in parameters if isinstance(one, Tensor))])
+    pointed_to = [one for one in tensors if _has_pointer(parameters, one)]
+    memory = GlobalMemory([*pointed_to, *(one for one in parameters if isinstance(one, Tensor))])
     encoded = [
         memory.address(one).to_bytes(8, "little") if isinstance(one, Tensor) else _translated(one, memory)
         for one in parameters
@@ -66,10 +67,17 @@ def launch(
     return machine
 
 
+def _words(content: bytes) -> list[int]:
+    return [int.from_bytes(content[start : start + 8], "little") for start in range(0, len(content) - 7, 8)]
+
+
+def _has_pointer(parameters: Sequence[Tensor | bytes], tensor: Tensor) -> bool:
+    start = tensor.untyped_storage().data_ptr()
+    end = start + tensor.untyped_storage().nbytes()
+    return any(start <= word < end for one in parameters if isinstance(one, bytes) for word in _words(one))
+
+
 def _translated(content: bytes, memory: GlobalMemory) -> bytes:
     """With every aligned word that is a host's address of a tensor replaced by the device's."""
-    words = [content[start : start + 8] for start in range(0, len(content), 8)]
-    return b"".join(
-        memory.translate(int.from_bytes(word, "little")).to_bytes(8, "little") if len(word) == 8 else word
-        for word in words
-    )
+    words = _words(content)
+    return b"".join(memory.translate(word).to_bytes(8, "little") for word in words) + content[8 * len(words) :]
