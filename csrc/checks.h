@@ -26,4 +26,10 @@ inline bool same_shape(const torch::stable::Tensor& a, const torch::stable::Tens
   return true;
 }
 
+inline void check_scale_rows(const torch::stable::Tensor& rows, const torch::stable::Tensor& scale) {
+  STD_TORCH_CHECK(rows.is_contiguous(), "scale_rows_: rows must be contiguous");
+  STD_TORCH_CHECK(scale.numel() == 1 || scale.numel() * rows.size(rows.dim() - 1) == rows.numel(),
+                  "scale_rows_: scale must hold one factor or one per row, got ", shape(scale), " for ", shape(rows));
+}
+
 }  // namespace pyd

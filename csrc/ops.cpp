@@ -5,6 +5,11 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <iterator>
+#include <sstream>
+#include <string>
+#include <vector>
+
 #include "cpu/isa.h"
 
 namespace {
@@ -17,6 +22,12 @@ void stream(uintptr_t a, uintptr_t b, uintptr_t out, int64_t n) {
     pyd::kernels().limits.stream(reinterpret_cast<const float*>(a) + low, reinterpret_cast<const float*>(b) + low,
                                  reinterpret_cast<float*>(out) + low, high - low);
   });
+}
+
+// PYDISTILL_CUDA_ARCHITECTURES is "8.0 9.0 10.0+PTX", or empty where CUDA was left out.
+std::vector<std::string> cuda_architectures() {
+  std::istringstream list(PYDISTILL_CUDA_ARCHITECTURES);
+  return {std::istream_iterator<std::string>(list), {}};
 }
 
 // The same loop on every thread; returns what all of them did.
@@ -39,7 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = PYDISTILL_VERSION;
   m.def("isas_compiled", &pyd::isas_compiled, "Instruction sets with kernels in this build, best first.");
   m.def("isa", [] { return std::string(pyd::kernels().isa); }, "The instruction set whose kernels run.");
-  m.def("cuda_architectures", [] { return std::vector<std::string>{}; }, "CUDA architectures compiled in.");
+  m.def("cuda_architectures", &cuda_architectures,
+        "CUDA architectures compiled in, as in '9.0', and '10.0+PTX' for those that newer devices can use as well.");
   m.def("stream", &stream, pybind11::arg("a"), pybind11::arg("b"), pybind11::arg("out"), pybind11::arg("n"),
         "out = a + b over n floats at three addresses (out aligned to 64 bytes), on all threads, with non-temporal "
         "stores: "

@@ -15,7 +15,7 @@
 #endif
 
 #include "checks.h"
-#include "cpu/dtype.h"
+#include "dtype.h"
 
 namespace pyd {
 

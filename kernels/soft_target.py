@@ -36,12 +36,6 @@ def _row_offsets(rows, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _number(leading, rest, dtype: tl.constexpr):
-    """A host's double, which comes as two floats of fp32."""
-    return tl.full((), leading, dtype) + tl.full((), rest, dtype)
-
-
-@triton.jit
 def _valid_rows(labels, mask, rows, count, ignore_index, HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr):
     """Which rows count, and their labels: [rows], [rows]."""
     valid = rows < count
@@ -131,7 +125,7 @@ def soft_target_rows(
     student, teacher, gradient, row_loss, labels, mask, factors, classes, count, ignore_index,
     student_inner, student_outer_stride, student_inner_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride,
-    temperature, temperature_rest, beta, beta_rest, soft, soft_rest, hard, hard_rest,
+    temperature: tl.float64, beta: tl.float64, soft: tl.float64, hard: tl.float64,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, GRADIENT: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +138,8 @@ def soft_target_rows(
     teacher += _row_offsets(rows, teacher_inner, teacher_outer_stride, teacher_inner_stride)
     gradient += (rows * classes)[:, None]
     lanes = tl.arange(0, BLOCK)[None, :]
-    temperature = _number(temperature, temperature_rest, dtype)
-    beta = _number(beta, beta_rest, dtype)
+    temperature = tl.full((), temperature, dtype)
+    beta = tl.full((), beta, dtype)
     scale = LOG2E / temperature
     SOFT: tl.constexpr = DIVERGENCE != ""
     # The squared distance is one of raw logits, all others are of probabilities.
@@ -188,8 +182,8 @@ def soft_target_rows(
             mean += tl.sum(tl.where(columns < classes, q * _slope(q, log_q, p, log_p, beta, DIVERGENCE), 0.0), 1)
 
     factor = tl.load(factors + 1)
-    soft = _number(soft, soft_rest, dtype)
-    hard = _number(hard, hard_rest, dtype)
+    soft = tl.full((), soft, dtype)
+    hard = tl.full((), hard, dtype)
     if HARD:
         hard = tl.where((label >= 0) & (label < classes), hard, float("nan"))[:, None]
     value = zero
@@ -282,15 +276,10 @@ def _rows_of(tensor: Tensor) -> tuple[Tensor, int, int, int]:
     return _rows_of(tensor.contiguous())
 
 
-def _pair(number: float) -> tuple[float, float]:
-    """A double as two floats of fp32, the precision in which a kernel takes numbers."""
-    leading = torch.tensor(number, dtype=torch.float32).item()
-    return leading, number - leading
-
-
 def _compute(
     student: Tensor,
     teacher: Tensor,
+    gradient: Tensor | None,
     labels: Tensor | None,
     mask: Tensor | None,
     num_items: Tensor | None,
@@ -301,7 +290,6 @@ def _compute(
     scale_by_temperature: bool,
     ignore_index: int,
     reduction: str,
-    gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and what backward applies to the gradient, which is written to `gradient`."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -328,7 +316,7 @@ def _compute(
         soft_target_rows[(triton.cdiv(count, program["ROWS"]),)](
             student, teacher, row_loss if gradient is None else gradient, row_loss, labels, mask, factors, classes,
             count, ignore_index, *student_layout, *teacher_layout,
-            *_pair(temperature), *_pair(jsd_beta), *_pair(soft), *_pair(hard_weight),
+            temperature, jsd_beta, soft, hard_weight,
             DIVERGENCE="" if hard_weight == 1 else divergence, HARD=hard_weight > 0, GRADIENT=gradient is not None,
             **given, **program, enable_fp_fusion=True,
         )  # fmt: skip
@@ -339,12 +327,12 @@ def _compute(
 
 def soft_target(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op `soft_target`: see `pydistill._schemas`."""
-    *options, with_gradient = options
+    *settings, with_gradient = options
     gradient = torch.empty(student.shape if with_gradient else (0,), dtype=student.dtype, device=student.device)
-    loss, gradient_scale = _compute(student, teacher, *options, gradient if with_gradient else None)
+    loss, gradient_scale = _compute(student, teacher, gradient if with_gradient else None, *settings)
     return loss, gradient, gradient_scale
 
 
 def soft_target_(student: Tensor, teacher: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The op `soft_target_`, which writes the gradient over the student's logits: see `pydistill._schemas`."""
-    return _compute(student, teacher, *options, student)
+    return _compute(student, teacher, student, *options)

@@ -48,6 +48,8 @@ _libraries = {namespace: _schemas.define(namespace) for namespace in sorted(set(
 native, native_reason = _load_native()
 
 LOSSES = ("soft_target", "attention_relation", "projected_mse")
+# Losses with kernels in csrc/cuda.
+CUDA_LOSSES = ("soft_target",)
 # Ops with Triton kernels, and the module of pydistill.kernels that has each.
 TRITON_OPS = {
     "soft_target": "soft_target",
@@ -75,11 +77,58 @@ def _load_triton() -> Backend:
     return Backend(True, f"triton {metadata.version('triton')}{', interpreted' if interpreting else ''}")
 
 
+def _cuda(loss: str) -> Backend:
+    if loss not in CUDA_LOSSES:
+        return Backend(False, "this version has no CUDA kernel for this loss")
+    if native is None:
+        return Backend(False, native_reason)
+    compiled = native.cuda_architectures()
+    if not compiled:
+        return Backend(
+            False,
+            "this installation was built without CUDA: nvcc was not found (CUDACXX, CUDA_HOME, PATH), or "
+            "PYDISTILL_CUDA=0 was set",
+        )
+    return Backend(True, f"compiled for {', '.join(compiled)}")
+
+
+def _covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for `architectures`, as in ["8.0", "9.0a", "10.0+PTX"], runs on a device of this capability."""
+    for architecture in architectures:
+        number, ptx, _ = architecture.partition("+PTX")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if number[-1].isalpha():  # for exactly this device
+            if (major, minor) == capability:
+                return True
+        # Machine code runs on later devices of its generation, PTX on all later ones.
+        elif (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+            return True
+    return False
+
+
+def _on_device(loss: str, impl: str, device: torch.device) -> Backend:
+    """Whether this device runs what the installation has; for a type of device that is not there, as if it did."""
+    backend = BACKENDS[loss][impl]
+    if impl != "cuda" or not backend.available or device.type != "cuda" or not torch.cuda.is_available():
+        return backend
+    assert native is not None
+    if torch.version.hip is not None:
+        return Backend(False, "CUDA kernels do not run on ROCm devices")
+    capability = torch.cuda.get_device_capability(device)
+    if not _covers(native.cuda_architectures(), capability):
+        return Backend(
+            False,
+            f"{backend.reason}, not for this device's {capability[0]}.{capability[1]}; "
+            f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} builds it",
+        )
+    return backend
+
+
 def _backends(loss: str, triton: Backend) -> dict[str, Backend]:
     return {
         "reference": Backend(True, "eager PyTorch, any device"),
         "cpp": Backend(native is not None, native_reason),
-        "cuda": Backend(False, "this version has no CUDA kernel for this loss"),
+        "cuda": _cuda(loss),
         "triton": triton if loss in TRITON_OPS else Backend(False, "this version has no Triton kernel for this loss"),
     }
 
@@ -116,8 +165,8 @@ def resolve(loss: str, device: torch.device, impl: str = "auto") -> str:
         raise ValueError(f"{loss}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "reference":
         return impl
-    available = BACKENDS[loss]
     preferred = PREFERRED.get(device.type, ())
+    available = {name: _on_device(loss, name, device) for name in preferred}
     if impl == "auto":
         for name in preferred:
             if available[name].available:
@@ -166,6 +215,6 @@ def environment() -> dict[str, Any]:
         for name, backend in available.items():
             report[f"{loss}: {name}"] = ("yes: " if backend.available else "no: ") + backend.reason
         for device, preferred in PREFERRED.items():
-            fitting = [name for name in preferred if available[name].available]
+            fitting = [name for name in preferred if _on_device(loss, name, torch.device(device)).available]
             report[f"{loss}: auto on {device}"] = fitting[0] if fitting else "reference"
     return report

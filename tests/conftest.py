@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         from pydistill.kernels import soft_target
 
         # So that short rows are walked in blocks, as only long ones are otherwise.
-        soft_target.WHOLE_CLASSES, soft_target.ROW_BLOCK = 64, 32
+        soft_target.WHOLE_CLASSES, soft_target.ROW_BLOCK = 512, 256
 
 
 def pytest_configure(config: pytest.Config) -> None:

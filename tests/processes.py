@@ -18,14 +18,14 @@ class ChildError(AssertionError):
     """A child process failed; the message is what it printed."""
 
 
-def in_a_new_process(arguments: list[str], **environment: str) -> str:
+def in_a_new_process(arguments: list[str], timeout: float = 300, **environment: str) -> str:
     """Runs Python with changed environment variables and returns what it printed; ChildError if it fails."""
     root = str(Path(pydistill.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path, **environment},
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     if done.returncode != 0:
         raise ChildError(done.stdout[-4000:] + done.stderr[-4000:])

@@ -5,33 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "dtype.h"
+#include "../soft_target.h"
 
 namespace pyd {
 
-enum class Divergence { forward_kl, reverse_kl, jsd, mse, cross_entropy };
-
-// The rows of a tensor [*, C] with unit stride over classes, leading dimensions collapsed to at most two:
-// row r starts at data + (r / inner) * outer_stride + (r % inner) * inner_stride, strides in bytes.
-struct Rows {
-  const void* data;
-  int64_t inner, outer_stride, inner_stride;
-};
-
-struct SoftTargetArgs {
-  Dtype dtype;
-  Divergence divergence;
-  int64_t rows, classes;
-  Rows student;           // [rows, classes]
-  Rows teacher;           // [rows, classes]
-  void* grad;             // [rows, classes] contiguous, may be the student's own storage; null: no gradient wanted
-  const int64_t* labels;  // [rows] or null
-  const bool* mask;       // [rows] or null
-  int64_t ignore_index;
-  double temperature, jsd_beta;
-  double soft_value, hard_value;  // factors of divergence and cross-entropy in the value of a row
-  double soft_grad, hard_grad;    // the same in its gradient; hard_value == hard_grad == 0: no hard part
-  void* row_loss;                 // [rows] float (double for f64), or null
+struct SoftTargetArgs : SoftTargetProblem {
+  double soft_grad, hard_grad;  // soft_value and hard_value as they stand in the gradient
+  void* row_loss;               // [rows] float (double for f64), or null
 };
 
 // One kernel, compiled once per instruction set (csrc/cpu/soft_target.cpp).

@@ -163,7 +163,7 @@ def _walk(
         values[part if rows.by_row else place] = value
         if not any(wanted):
             continue
-        if weights is not None:
+        if weights is not None and gradient_scale is not None:
             ops.scale_rows_(student, weights[part] * gradient_scale)
         gradient = student.to(layers.student.dtype)
         if gradients[0] is not None:

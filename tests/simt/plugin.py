@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pytest plugin: the CUDA kernels in the library PYDISTILL_SIMT_LIBRARY run wherever a test says ``impl="cuda"``."""
+
+from __future__ import annotations
+
+import os
+
+from simt import library
+
+library.load(os.environ["PYDISTILL_SIMT_LIBRARY"])
+library.stand_in_for_cuda()
