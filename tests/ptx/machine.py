@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interpreted GPU: registers as numpy arrays over all threads of all blocks, and the order in which they run.
 
-Threads that stand at the lowest instruction run first, together, until they meet others, part, or wait: so those that
-parted at a branch are together again when an instruction needs a whole warp. Races do not depend on that order: they are
+Threads that stand earliest (`flow`) run first, together, until they meet others, part, or wait: so those that parted at a
+branch are together again when an instruction needs a whole warp. Races do not depend on that order: they are
 found by `memory` from barriers alone.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptx.flow import ranks
 from ptx.memory import UNSIGNED, GlobalAccess, GlobalMemory, SharedMemory, Traffic
 from ptx.parser import Instruction, Program, PtxError, size_of
 
@@ -197,9 +198,6 @@ class Machine:
             value = self.source(base, "u64")
         return lambda lanes: value[lanes].astype(np.uint64) + offset
 
-    def thread_ids(self, lanes: Lanes) -> NDArray[np.int64]:
-        return self.threads[lanes]
-
     def warps(self, lanes: Lanes) -> int:
         """How many warps, all of their threads being there."""
         threads = self.threads[lanes]
@@ -229,11 +227,12 @@ class Machine:
         conditions = [
             self.predicate(("!" if one.negated else "") + one.predicate) if one.predicate else None for one in code
         ]
+        rank = [*ranks(tuple(code), tuple(self.program.labels.items())), end]
         ready: dict[int, NDArray[np.int64]] = {0: self.threads}
         waiting: dict[int, NDArray[np.int64]] = {}
 
         def meet(at: int, threads: NDArray[np.int64], where: dict[int, NDArray[np.int64]] = ready) -> None:
-            if threads.size:
+            if threads.size and at < end:
                 where[at] = np.sort(np.concatenate([where[at], threads])) if at in where else threads
 
         while ready or waiting:
@@ -242,13 +241,12 @@ class Machine:
                 for at, threads in waiting.items():
                     meet(at + 1, threads)
                 waiting.clear()
-            pc = min(ready)
+            pc = min(ready, key=rank.__getitem__)
             threads = ready.pop(pc)
-            others = min(ready, default=end)
-            while threads.size:
-                if pc >= others or pc == end:
-                    if pc < end:
-                        meet(pc, threads)
+            others = min((rank[at] for at in ready), default=end)
+            while threads.size and pc < end:
+                if rank[pc] >= others:
+                    meet(pc, threads)
                     break
                 self.steps += 1
                 if self.steps > self.max_steps:
@@ -258,37 +256,28 @@ class Machine:
                 if condition is not None:
                     chosen = condition(ALL if threads.size == self.count else threads)
                     active = threads if chosen.all() else threads[chosen]
-                if branches[pc]:
+                if branches[pc] or leaves[pc]:
+                    target = targets[pc] if branches[pc] else end
                     if active.size == threads.size:
-                        pc = targets[pc]
-                        others = min(ready, default=end)
-                        if pc > others:
-                            meet(pc, threads)
-                            break
+                        pc = target
                         continue
-                    if active.size:
-                        meet(targets[pc], active)
-                        threads = threads[~chosen]
-                        others = min(ready)
-                    pc += 1
-                elif leaves[pc]:
-                    threads = threads[~chosen] if active.size < threads.size else threads[:0]
-                    pc += 1
+                    meet(target, active)
+                    threads = threads[~chosen]
+                    others = min((rank[at] for at in ready), default=end)
                 elif barriers[pc]:
                     if active.size < threads.size:
                         raise PtxError(f"barrier for a part of the threads: {code[pc].place}")
                     meet(pc, threads, waiting)
                     break
-                else:
-                    if active.size:
-                        try:
-                            step = steps[pc]
-                            if step is None:
-                                step = steps[pc] = self.bind(code[pc])
-                            step(ALL if active.size == self.count else active)
-                        except PtxError as error:
-                            raise PtxError(f"{error}: {self.program.name}: {code[pc].place}") from None
-                    pc += 1
+                elif active.size:
+                    try:
+                        step = steps[pc]
+                        if step is None:
+                            step = steps[pc] = self.bind(code[pc])
+                        step(ALL if active.size == self.count else active)
+                    except PtxError as error:
+                        raise PtxError(f"{error}: {self.program.name}: {code[pc].place}") from None
+                pc += 1
 
     def _pass_barrier(self, waiting: dict[int, NDArray[np.int64]]) -> None:
         """Nobody runs: each block that waits must be there as a whole, at one barrier."""

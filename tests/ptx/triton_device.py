@@ -94,6 +94,17 @@ class Launch:
         self.traffic, self.steps = machine.traffic, machine.steps
 
 
+def flat(kinds: tuple[Any, ...], values: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """Arguments with their types, tuples taken apart and constants left out, as the compiled code takes them."""
+    found = []
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            found += flat(kind, value)
+        elif kind != "constexpr":
+            found.append((kind, value))
+    return found
+
+
 def encode(kind: str, value: Any) -> Tensor | bytes:
     """An argument as the kernel's parameter."""
     if kind.startswith("*"):
@@ -141,8 +152,7 @@ class _Launcher:
         leave: Any,
         *given: Any,
     ) -> None:
-        kinds = list(self.source.signature.values())
-        arguments = [(kind, value) for kind, value in zip(kinds, given, strict=True) if kind != "constexpr"]
+        arguments = flat(tuple(self.source.signature.values()), given)
         device = driver.active
         assert isinstance(device, Device)
         device.take(Launch(self.metadata.name, (x, y, z), self.metadata, image.stages(), arguments))
