@@ -61,6 +61,12 @@ _defined: list[torch.library.Library] = []  # a schema lasts as long as its libr
 NO_NVCC = "CUDA's compiler is needed: nvcc on the path, or its place in NVCC"
 
 
+def version() -> dict[str, str]:
+    """Of the compiler, where there is one."""
+    found = nvcc() and re.search(r"release \S+, V(\S+)", _run(_compiler(), "--version"))
+    return {"nvcc": found[1]} if found else {}
+
+
 def _run(*command: str | Path) -> str:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode:
@@ -252,7 +258,9 @@ class Device:
         self.seen.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.seen.__exit__(kind, error, trace)
         self.library.functions.pydistill_on_launch(None)
         if self.error is not None:

@@ -21,7 +21,9 @@ def ranks(code: tuple[Instruction, ...], label_places: tuple[tuple[str, int], ..
     labels = dict(label_places)
     branches = [one.opcode.startswith("bra") for one in code]
     ends = [one.opcode in ("ret", "exit") for one in code]
-    starts = sorted({0, *labels.values(), *(at + 1 for at in range(len(code)) if branches[at] or ends[at])} - {len(code)})
+    starts = sorted(
+        {0, *labels.values(), *(at + 1 for at in range(len(code)) if branches[at] or ends[at])} - {len(code)}
+    )
     edges: dict[int, list[int]] = {}
     for start, behind in zip(starts, [*starts[1:], len(code)], strict=True):
         last = code[behind - 1]

@@ -297,16 +297,18 @@ class SharedMemory:
         warp_epoch = self.warp_barriers[warp]
 
         writer = self.writer[place]
-        same_warp = writer // 32 == warp
-        since = (self.write_epoch[place] == epoch) & (~same_warp | (self.write_warp_epoch[place] == warp_epoch))
-        conflict = (writer != thread) & since
+        recent = self.write_epoch[place] == epoch
+        across = recent & (writer // 32 != warp)
+        within = recent & ~across & (writer != thread) & (self.write_warp_epoch[place] == warp_epoch)
         if kind == "write":
-            reader = self.reader[place]
             recent = self.read_epoch[place] == epoch
-            conflict |= recent & (self.read_warp[place] != warp)
-            conflict |= recent & (reader != thread) & (self.read_warp_epoch[place] == warp_epoch)
-        if conflict.any():
-            raise PtxError(f"shared-memory race between {self.describe(conflict, same_warp)}: no barrier since another")
+            others = recent & (self.read_warp[place] != warp)
+            across |= others
+            lanes = (self.reader[place] != thread) & (self.read_warp_epoch[place] == warp_epoch)
+            within |= recent & ~others & lanes
+        if across.any() or within.any():
+            who = "warps" if across.any() else "threads of a warp"
+            raise PtxError(f"shared-memory race between {who}: no barrier since another")
         if kind == "read" and (writer == NOBODY).any():
             raise PtxError("shared read of a place that nobody has written")
         if kind == "write":
@@ -326,6 +328,3 @@ class SharedMemory:
         self.read_epoch[place], self.read_warp_epoch[place] = epoch, warp_epoch
         self.read_warp[place[(self.read_warp[place] != warp)]] = MANY
         self.reader[place[(self.reader[place] != thread)]] = MANY
-
-    def describe(self, conflict: Array, same_warp: Array) -> str:
-        return "threads of a warp" if (same_warp | ~conflict).all() else "warps"

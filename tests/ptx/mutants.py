@@ -180,26 +180,52 @@ def differ(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return False
 
 
-def score(launch: Launch, *, per_kind: int = 4, seed: int = 0) -> Score:
-    """Runs the mutants of a launch that was recorded with what was in memory before it; leaves memory as it was after."""
+@dataclass
+class Trial:
+    """A launch that can be repeated, and what it has to leave in memory."""
+
+    launch: Launch
+    expected: list[Tensor]
+    steps: int
+    after: Snapshot
+
+    def catches(self, program: Program) -> bool:
+        assert self.launch.before is not None
+        self.launch.before.restore()
+        try:
+            self.launch.execute(program, max_steps=2 * self.steps + 1000)
+            return differ(self.launch.tensors, self.expected)
+        except PtxError:
+            return True
+        finally:
+            self.after.restore()
+
+
+def trial(launch: Launch) -> Trial:
     assert launch.before is not None, "the device has to keep what was in memory"
     launch.before.restore()
     launch.execute()
-    expected = [tensor.clone() for tensor in launch.tensors]
-    steps = launch.steps
-    after = Snapshot(launch.tensors)
-    result = Score(launch.name)
-    for mutant in mutants(launch.program, per_kind, seed):
-        launch.before.restore()
-        try:
-            launch.execute(mutated(launch.program, mutant), max_steps=2 * steps + 1000)
-            caught = differ(launch.tensors, expected)
-        except PtxError:
-            caught = True
-        if caught:
+    return Trial(launch, [one.clone() for one in launch.tensors], launch.steps, Snapshot(launch.tensors))
+
+
+def score(launches: Sequence[Launch], *, per_kind: int = 4, seed: int = 0) -> Score:
+    """Runs the mutants of one kernel on its launches, each until one of them catches it. The launches were recorded with
+    what was in memory before; it is left as it was after them."""
+    trials = [trial(launch) for launch in launches]
+    program = launches[0].program
+    result = Score(launches[0].name)
+    for mutant in mutants(program, per_kind, seed):
+        broken = mutated(program, mutant)
+        if any(one.catches(broken) for one in trials):
             result.caught[mutant.kind] = result.caught.get(mutant.kind, 0) + 1
         else:
-            result.survivors.append(f"{mutant.kind}: {launch.program.instructions[mutant.position].place}")
-    after.restore()
-    launch.steps = steps
+            result.survivors.append(f"{mutant.kind}: {program.instructions[mutant.position].place}")
     return result
+
+
+def by_kernel(launches: Sequence[Launch]) -> list[list[Launch]]:
+    """Launches of the same code together."""
+    found: dict[tuple[str, int], list[Launch]] = {}
+    for launch in launches:
+        found.setdefault((launch.name, id(launch.program)), []).append(launch)
+    return list(found.values())

@@ -7,8 +7,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,46 @@ def of_launch(target: str, launch: Any) -> Code:
     """Of a launch that `triton_device` recorded."""
     shared, threads = launch.metadata.shared, launch.threads
     if "cubin" in launch.asm:
-        (code,) = of_cubin(target, launch.asm["cubin"], threads, shared).values()
-        return code
+        image = disassembled(launch.asm["cubin"])
+        (name,) = image.names
+        return image.code(target, name, threads, shared)
     return of_amdgcn(target, launch.asm["amdgcn"], threads, shared)
 
 
-def of_cubin(target: str, cubin: bytes, threads: int | Mapping[str, int], dynamic_shared: int = 0) -> dict[str, Code]:
-    """Every kernel of a cubin by its name; `threads` of a block, for all or by name."""
+@dataclass(frozen=True)
+class Image:
+    """A cubin: of each kernel its registers, its static shared memory, and how often it has each instruction."""
+
+    names: dict[str, tuple[int, int, Counter[str]]]
+
+    def code(self, target: str, name: str, threads: int, dynamic_shared: int) -> Code:
+        registers, static_shared, counts = self.names[name]
+
+        def total(pattern: str) -> int:
+            return sum(number for opcode, number in counts.items() if re.match(pattern, opcode))
+
+        # From sm_90 on, what the system reserves of a block's shared memory is listed as the kernel's.
+        reserved = LIMITS[target].reserved_shared if target != "sm_80" else 0
+        shared = max(static_shared - reserved, 0) + dynamic_shared
+        return Code(
+            target=target,
+            registers=registers,
+            spills=total(r"LDL|STL"),
+            shared=shared,
+            threads=threads,
+            occupancy=occupancy(target, registers, threads, shared),
+            loads=total(r"LDG|LD\."),
+            loads_128=total(r"LDG\S*\.128|LDGSTS\S*\.128|UTMALDG"),
+            stores_128=total(r"STG\S*\.128|UTMASTG"),
+            matrix=total(r"HMMA|HGMMA|UTC\w*MMA|DMMA|IMMA|QGMMA"),
+            copies=total(r"LDGSTS|UTMALDG"),
+            barriers=total(r"BAR\.|SYNCS\."),
+            instructions=sum(number for opcode, number in counts.items() if opcode != "NOP"),
+        )
+
+
+@lru_cache(maxsize=64)
+def disassembled(cubin: bytes) -> Image:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code.cubin"
         path.write_bytes(cubin)
@@ -109,33 +142,12 @@ def of_cubin(target: str, cubin: bytes, threads: int | Mapping[str, int], dynami
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     bodies = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, re.MULTILINE | re.DOTALL))
-    found = {}
-    for name, registers, _, static_shared, _ in RESOURCES.findall(resources):
-        counts = Counter(SASS.findall(bodies[name]))
-
-        def total(pattern: str, counts: Counter[str] = counts) -> int:
-            return sum(number for opcode, number in counts.items() if re.match(pattern, opcode))
-
-        # From sm_90 on, what the system reserves of a block's shared memory is listed as the kernel's.
-        static = int(static_shared) - (1024 if target != "sm_80" and int(static_shared) >= 1024 else 0)
-        shared = static + dynamic_shared
-        block = threads if isinstance(threads, int) else threads[name]
-        found[name] = Code(
-            target=target,
-            registers=int(registers),
-            spills=total(r"LDL|STL"),
-            shared=shared,
-            threads=block,
-            occupancy=occupancy(target, int(registers), block, shared),
-            loads=total("LDG|LD\\."),
-            loads_128=total(r"LDG\S*\.128|LDGSTS\S*\.128|UTMALDG"),
-            stores_128=total(r"STG\S*\.128|UTMASTG"),
-            matrix=total(r"HMMA|HGMMA|UTC\w*MMA|DMMA|IMMA|QGMMA"),
-            copies=total(r"LDGSTS|UTMALDG"),
-            barriers=total(r"BAR\.|SYNCS\."),
-            instructions=sum(number for opcode, number in counts.items() if opcode != "NOP"),
-        )
-    return found
+    return Image(
+        {
+            name: (int(registers), int(shared), Counter(SASS.findall(bodies[name])))
+            for name, registers, _, shared, _ in RESOURCES.findall(resources)
+        }
+    )
 
 
 def of_amdgcn(target: str, assembly: str, threads: int, shared: int) -> Code:
@@ -164,5 +176,7 @@ def of_amdgcn(target: str, assembly: str, threads: int, shared: int) -> Code:
         matrix=total("v_mfma"),
         copies=total("(global|buffer)_load_lds"),
         barriers=total("s_barrier"),
-        instructions=sum(number for opcode, number in counts.items() if re.match("[sv]_|ds_|global_|buffer_|flat_|scratch_", opcode)),
+        instructions=sum(
+            number for opcode, number in counts.items() if re.match("[sv]_|ds_|global_|buffer_|flat_|scratch_", opcode)
+        ),
     )
