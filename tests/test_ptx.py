@@ -289,7 +289,7 @@ def test_triton_softmax(dtype):
     ],
 )
 def test_triton_product(dtype, precision, instruction, tolerance):
-    """A pipelined loop: cp.async, ldmatrix and the tensor cores of every precision; rows and columns are not whole blocks."""
+    """A pipelined loop: cp.async, ldmatrix, the tensor cores of every precision. Rows and columns are not whole blocks."""
     from ptx import examples
 
     generator = torch.Generator().manual_seed(0)

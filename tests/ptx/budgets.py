@@ -3,11 +3,11 @@
 
     python tests/ptx/budgets.py [triton] [cuda]   prints what there is; exit status 1 where a budget is broken
     python tests/ptx/budgets.py --record          also writes docs/benchmarks/gpu-static.json
-    python tests/ptx/budgets.py --renew           also makes budgets.json anew, of what is there: to be read in the diff
+    python tests/ptx/budgets.py --renew           also makes budgets.json anew: to be read in the diff
 
-A budget is of a kernel as a workload launches it, on a target: at most so many registers, spills and bytes of shared memory,
-at least so much occupancy and so many wide or matrix instructions. Traffic has one budget for all: a tenth more than the
-formula of the workload.
+A budget is of a kernel as a workload launches it, on a target: at most so many registers, spills and bytes of shared
+memory, at least so much occupancy and so many wide or matrix instructions. Traffic has one budget for all: a tenth
+more than the formula of the workload.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def violations(kernel: Kernel, budgets: Budgets) -> list[str]:
 
 
 def budget_of(code: Code) -> dict[str, float]:
-    """What code that is as good as this one keeps: registers may grow to the next multiple of 8, in which they are given
-    out."""
+    """What code that is as good as this one keeps; registers may grow to the next multiple of 8, by which they are
+    given out."""
     found = asdict(code)
     most = {what: found[what] for what in MOST if found[what]}
     most["registers"] = -(-code.registers // 8) * 8

@@ -102,7 +102,7 @@ def _(machine: Machine, operands: tuple[str, ...], match: Match) -> Step:
     functions: dict[str, Any] = {
         "add": lambda old, x: old + x, "min": min, "max": max, "and": lambda old, x: old & x,
         "or": lambda old, x: old | x, "xor": lambda old, x: old ^ x, "exch": lambda old, x: x,
-        "cas": lambda old, x, y: y if old == x else old, "inc": lambda old, x: KINDS[kind](0) if old >= x else old + KINDS[kind](1),
+        "cas": lambda old, x, y: y if old == x else old, "inc": lambda old, x: 0 if old >= x else int(old) + 1,
     }  # fmt: skip
 
     def step(lanes: Lanes) -> None:
@@ -111,8 +111,8 @@ def _(machine: Machine, operands: tuple[str, ...], match: Match) -> Step:
         for i, thread in enumerate(machine.threads[lanes]):
             one = machine.threads[thread : thread + 1]
             old = memory.load(places[i : i + 1], size_of(kind), 1, one).view(KINDS[kind])
-            new = KINDS[kind](functions[what](old[0, 0], *(value[i] for value in values)))
-            memory.store(places[i : i + 1], np.array([[new]]).view(UNSIGNED[size_of(kind)]), one)
+            new = np.array(functions[what](old[0, 0], *(value[i] for value in values))).astype(KINDS[kind])
+            memory.store(places[i : i + 1], new.reshape(1, 1).view(UNSIGNED[size_of(kind)]), one)
             if write is not None:
                 write(one, old[:, 0])
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA sources compiled by nvcc and launched without a GPU.
 
-The launchers of .cu files run on the host as they are, against `cuda_runtime.c` in the place of CUDA's runtime; the kernels
-that they launch are interpreted, from the PTX in the same file, on the memory of CPU tensors::
+The launchers of .cu files run on the host as they are, against `cuda_runtime.c` in the place of CUDA's runtime; the
+kernels that they launch are interpreted, from the PTX in the same file, on the memory of CPU tensors::
 
     library = build([source])
     with library.device(x, y) as device:
@@ -222,28 +222,34 @@ class Library:
 
 
 class _Seen(TorchDispatchMode):
-    """Notes every tensor that appears, those that bindings allocate in C++ included, and keeps it alive: a pointer among
-    a kernel's parameters is then into one of them."""
+    """Notes every tensor that appears, those that bindings allocate in C++ included, and keeps it alive: a pointer
+    among a kernel's parameters is then into one of them."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        self.tensors = tensors
+        self.tensors: dict[Any, Tensor] = {}
+        self.note(tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.note((args, kwargs))
         if func.namespace.startswith("pydistill"):
             # Straight to the kernel, and this mode stays active for what it calls.
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = func(*args, **kwargs)
-        self.tensors += [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        self.note(result)
         return result
+
+    def note(self, tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self.tensors.setdefault((leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride()), leaf)
 
 
 class Device:
     def __init__(self, library: Library, tensors: Sequence[Tensor], keep: bool = False) -> None:
-        self.library, self.tensors, self.keep = library, list(tensors), keep
-        self.seen = _Seen(self.tensors)
+        self.library, self.seen, self.keep = library, _Seen(tensors), keep
         self.launches: list[Launch] = []
         self.error: BaseException | None = None
         self.callback = CALLBACK(self._take)
@@ -272,9 +278,8 @@ class Device:
             text = self.library.ptx[name.decode()]
             sizes = interpreter.read(text, name.decode()).parameters.values()
             parameters = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
-            launch = Launch(
-                name.decode(), tuple(grid[:3]), tuple(block[:3]), shared, text, parameters, tuple(self.tensors)
-            )
+            tensors = interpreter.pointed_to(parameters, self.seen.tensors.values())
+            launch = Launch(name.decode(), tuple(grid[:3]), tuple(block[:3]), shared, text, parameters, tensors)
             self.launches.append(launch)
             if self.keep:
                 launch.before = Snapshot(launch.tensors)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """In which order parted threads run, so that they are together again as early as they can be.
 
-Whoever stands earliest runs. Earliest in the text would not do: compilers put a block that all paths lead to before the
-paths. It is an order of the flow graph in which a loop is in one piece and everything behind it comes later (Bourdoncle's
-weak topological order, 1993): strongly connected components as their edges say, and inside of each, its entry first and
-the rest of it by the same rule.
-"""
+Whoever stands earliest runs. Earliest in the text would not do: compilers put a block that all paths lead to before
+the paths. It is an order of the flow graph in which a loop is in one piece and everything behind it comes later
+(Bourdoncle's weak topological order, 1993): strongly connected components as their edges say, and inside of each, its
+entry first and the rest of it by the same rule."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional interpreter of sm_80 PTX in numpy: what nvcc and Triton really emitted, executed on the CPU.
 
-Beyond the results it finds accesses out of bounds of the tensors that were passed, misaligned ones, races in shared memory
-and between blocks, copies that nobody waited for, barriers that not all threads reach, and it counts the traffic of global
-memory. It has no caches, no time and no rounding of approximate instructions, and none of the instructions of sm_90 and
-later (wgmma, TMA, tcgen05). An instruction that it does not know stops the run.
-"""
+Beyond the results it finds accesses out of bounds of the tensors that were passed, misaligned ones, races in shared
+memory and between blocks, copies that nobody waited for, barriers that not all threads reach, and it counts the
+traffic of global memory. It has no caches, no time and no rounding of approximate instructions, and none of the
+instructions of sm_90 and later (wgmma, TMA, tcgen05). An instruction that it does not know stops the run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+import numpy as np
 from torch import Tensor
 
 from ptx import arithmetic, collective
@@ -19,7 +19,7 @@ from ptx.machine import Machine
 from ptx.memory import GlobalMemory
 from ptx.parser import Program, PtxError, parse
 
-__all__ = ["PtxError", "launch", "read"]
+__all__ = ["PtxError", "launch", "pointed_to", "read"]
 # Importing them made their instructions known.
 _ = arithmetic, collective
 
@@ -55,8 +55,7 @@ def launch(
     Raises:
         PtxError: the kernel did what it must not, or what is not supported.
     """
-    pointed_to = [one for one in tensors if _has_pointer(parameters, one)]
-    memory = GlobalMemory([*pointed_to, *(one for one in parameters if isinstance(one, Tensor))])
+    memory = GlobalMemory([*tensors, *(one for one in parameters if isinstance(one, Tensor))])
     encoded = [
         memory.address(one).to_bytes(8, "little") if isinstance(one, Tensor) else _translated(one, memory)
         for one in parameters
@@ -71,10 +70,15 @@ def _words(content: bytes) -> list[int]:
     return [int.from_bytes(content[start : start + 8], "little") for start in range(0, len(content) - 7, 8)]
 
 
-def _has_pointer(parameters: Sequence[Tensor | bytes], tensor: Tensor) -> bool:
-    start = tensor.untyped_storage().data_ptr()
-    end = start + tensor.untyped_storage().nbytes()
-    return any(start <= word < end for one in parameters if isinstance(one, bytes) for word in _words(one))
+def pointed_to(parameters: Sequence[bytes], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those tensors into whose storages one of the parameters points."""
+    words = np.array([word for one in parameters for word in _words(one)], np.uint64)
+
+    def hit(tensor: Tensor) -> bool:
+        start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        return bool(((words >= start) & (words < start + size)).any())
+
+    return [one for one in tensors if hit(one)]
 
 
 def _translated(content: bytes, memory: GlobalMemory) -> bytes:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interpreted GPU: registers as numpy arrays over all threads of all blocks, and the order in which they run.
 
-Threads that stand earliest (`flow`) run first, together, until they meet others, part, or wait: so those that parted at a
-branch are together again when an instruction needs a whole warp. Races do not depend on that order: they are
-found by `memory` from barriers alone.
-"""
+Threads that stand earliest (`flow`) run first, together, until they meet others, part, or wait: so those that parted
+at a branch are together again when an instruction needs a whole warp. Races do not depend on that order: they are
+found by `memory` from barriers alone."""
 
 from __future__ import annotations
 
@@ -312,9 +311,6 @@ def _is_barrier(opcode: str) -> bool:
 def _granule(opcodes: Sequence[str], space: str) -> int:
     """The fewest bytes that an instruction accesses in a space: what races are looked for in."""
     accesses = [one for one in opcodes if one.startswith(("ld.", "st.", "atom.", "red."))]
-    sizes = [
-        size_of(one.split(".")[-1])
-        for one in accesses
-        if f".{space}" in one or "." + space not in one and not re.search(r"\.(global|shared|param|local)", one)
-    ]
+    generic = re.compile(r"\.(global|shared|param|local)")
+    sizes = [size_of(one.split(".")[-1]) for one in accesses if f".{space}" in one or not generic.search(one)]
     return min([4, *sizes])

@@ -249,8 +249,8 @@ class SharedMemory:
         offset = self.check(address, width * count, threads, "write")
         index = offset[:, None] // width + np.arange(count)
         self.elements[width][index] = values
-        # Threads that write one place by the same instruction must agree, but for roundings: where a product is fused into
-        # the first step of a sum over lanes, its lanes do not have the same last bit.
+        # Threads that write one place by the same instruction must agree, but for roundings: where a product is fused
+        # into the first step of a sum over lanes, its lanes do not have the same last bit.
         stored = self.elements[width][index]
         if (np.maximum(stored, values) - np.minimum(stored, values) > ROUNDINGS).any():
             raise PtxError("shared-memory race: threads write different values to one place by one instruction")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much would be noticed if a kernel were wrong? Its real PTX is broken one instruction at a time.
 
-A mutant is caught when the interpreter objects to it or when what it leaves in memory differs from what the kernel left by
-more than a numerics test would let pass. One that survives is either equivalent to the kernel (a wait that waits for
-nothing, a bound that no shape reaches) or a hole in the tests.
-"""
+A mutant is caught when the interpreter objects to it or when what it leaves in memory differs from what the kernel
+left by more than a numerics test would let pass. One that survives is either equivalent to the kernel (a wait that
+waits for nothing, a bound that no shape reaches) or a hole in the tests."""
 
 from __future__ import annotations
 
@@ -66,79 +65,87 @@ class Score:
 
 
 Rule = Callable[[Instruction], Instruction | None]
+FIRST_TWO = re.compile(r"\{\s*([%\w]+),\s*([%\w]+)")
+ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 
-def _rewrite(pattern: str, replacement: str | Callable[[re.Match[str]], str], place: int | None = None) -> Rule:
-    """Of one operand, or of the opcode."""
-
-    def rule(one: Instruction) -> Instruction | None:
-        if place is None:
-            return replace(one, opcode=re.sub(pattern, replacement, one.opcode, count=1))
-        operands = list(one.operands)
-        operands[place] = re.sub(pattern, replacement, operands[place], count=1)
-        return replace(one, operands=tuple(operands))
-
-    return rule
+def _left_out(one: Instruction) -> None:
+    return None
 
 
-def _swap_operands(first: int, second: int) -> Rule:
-    def rule(one: Instruction) -> Instruction | None:
-        operands = list(one.operands)
-        operands[first], operands[second] = operands[second], operands[first]
-        return replace(one, operands=tuple(operands))
-
-    return rule
+def _operand(one: Instruction, place: int, new: str) -> Instruction:
+    return replace(one, operands=(*one.operands[:place], new, *one.operands[place + 1 :]))
 
 
-def _next_element(address: re.Match[str]) -> str:
-    return f"[{address[1]} + {int(address[2] or '0', 0) + 4}]"
+def _registers_swapped(place: int) -> Rule:
+    return lambda one: _operand(one, place, FIRST_TWO.sub(r"{\2, \1", one.operands[place], count=1))
 
 
-SWAP_FIRST_TWO = (r"\{\s*([%\w]+),\s*([%\w]+)", r"{\2, \1")
-ADDRESS = r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+))?\s*\]"
-# Kind, which opcodes, what is done to the instruction.
-RULES: list[tuple[str, str, Rule]] = [
-    ("barrier left out", r"bar(rier)?(\.cta)?\.sync.*|bar\.warp\.sync", lambda one: None),
-    ("wait left out", r"cp\.async\.wait.*", lambda one: None),
-    ("commit left out", r"cp\.async\.commit_group", lambda one: None),
-    ("copy left out", r"cp\.async\.c[ag]\..*", lambda one: None),
-    ("store left out", r"st\..*|red\..*", lambda one: None),
-    ("registers of A swapped", r"mma\..*", _rewrite(*SWAP_FIRST_TWO, 1)),
-    ("registers of B swapped", r"mma\..*", _rewrite(*SWAP_FIRST_TWO, 2)),
-    ("registers of C swapped", r"mma\..*", _rewrite(*SWAP_FIRST_TWO, 3)),
-    ("registers swapped", r"ldmatrix\..*x[24].*", _rewrite(*SWAP_FIRST_TWO, 0)),
-    ("not transposed", r"ldmatrix\..*\.trans\..*", _rewrite(r"\.trans", "")),
-    ("elements swapped", r"(ld|st)\..*\.v[24]\..*", lambda one: _swap_elements(one)),
-    # Not just any other lanes: exchanges with lanes 16, 8, 7, 2 and 1 away reach all of a warp as well.
-    ("another lane", r"shfl\..*", _rewrite(r"^\d+$", lambda lane: str(int(lane[0]) // 2 or 16), 2)),
-    ("predicate negated", r"(?!bra).*", lambda one: replace(one, negated=not one.negated) if one.predicate else one),
-    ("branch negated", r"bra.*", lambda one: replace(one, negated=not one.negated) if one.predicate else one),
-    ("predicate left out", r"(?!bra).*", lambda one: replace(one, predicate=None)),
-    ("address one further", r"(ld|st|cp|ldmatrix|red|atom)\..*(global|shared).*", lambda one: _further(one)),
-    ("constant one larger", r"(add|sub|mad|shl|shr|and|mul)\..*[busd](16|32|64)", lambda one: _larger(one)),
-    ("compared otherwise", r"setp\.[lg][te]\..*", _rewrite(r"\.(l|g)(t|e)\.", lambda m: f".{m[1]}{'te'['et'.index(m[2])]}.")),
-    ("added for subtracted", r"(add|sub)\..*f(16|32|64)", _rewrite("add|sub", lambda m: {"add": "sub", "sub": "add"}[m[0]])),
-    ("factor for divisor", r"(div|rcp).*", lambda one: replace(one, opcode=f"mov.{one.opcode.split('.')[-1]}", operands=one.operands[:2])),
-    ("minimum for maximum", r"(min|max)\..*", _rewrite("min|max", lambda m: {"min": "max", "max": "min"}[m[0]])),
-    ("the other choice", r"selp\..*", _swap_operands(1, 2)),
-    ("the addend left out", r"fma\..*", lambda one: replace(one, operands=(*one.operands[:3], "0f00000000" if one.opcode.endswith("32") else "0d0000000000000000"))),
-]  # fmt: skip
+def _elements_swapped(one: Instruction) -> Instruction | None:
+    return _registers_swapped(0 if one.opcode.startswith("ld") else 1)(one)
 
 
-def _swap_elements(one: Instruction) -> Instruction | None:
-    return _rewrite(*SWAP_FIRST_TWO, 0 if one.opcode.startswith("ld") else 1)(one)
+def _other_opcode(**names: str) -> Rule:
+    """With the first of these words in the opcode replaced."""
+    pattern = re.compile(rf"\b({'|'.join(names)})\b")
+    return lambda one: replace(one, opcode=pattern.sub(lambda word: names[word[0]], one.opcode, count=1))
 
 
-def _further(one: Instruction) -> Instruction | None:
+def _another_lane(one: Instruction) -> Instruction:
+    # Not just any: exchanges with lanes 16, 8, 7, 2 and 1 away reach all of a warp as well.
+    lane = one.operands[2]
+    return _operand(one, 2, str(int(lane) // 2 or 16)) if lane.isdigit() else one
+
+
+def _negated(one: Instruction) -> Instruction:
+    return replace(one, negated=not one.negated) if one.predicate else one
+
+
+def _one_further(one: Instruction) -> Instruction:
     place = next(place for place, operand in enumerate(one.operands) if operand.startswith("["))
-    return _rewrite(ADDRESS, _next_element, place)(one)
+    base, offset = ADDRESS.fullmatch(one.operands[place]).groups()  # type: ignore[union-attr]
+    return _operand(one, place, f"[{base} + {int(offset or '0', 0) + 4}]")
 
 
-def _larger(one: Instruction) -> Instruction | None:
+def _one_larger(one: Instruction) -> Instruction:
     constants = [place for place, operand in enumerate(one.operands) if re.fullmatch(r"-?\d+", operand)]
-    if not constants:
-        return one
-    return _rewrite(r"^-?\d+$", lambda number: str(int(number[0]) + 1), constants[0])(one)
+    return _operand(one, constants[0], str(int(one.operands[constants[0]]) + 1)) if constants else one
+
+
+def _not_divided(one: Instruction) -> Instruction:
+    return replace(one, opcode=f"mov.{one.opcode.split('.')[-1]}", operands=one.operands[:2])
+
+
+def _no_addend(one: Instruction) -> Instruction:
+    return _operand(one, 3, "0d0000000000000000" if one.opcode.endswith("64") else "0f00000000")
+
+
+# Kind, which opcodes, what is done to the instruction; none where it is left out.
+RULES: list[tuple[str, str, Rule]] = [
+    ("barrier left out", r"bar(rier)?(\.cta)?\.sync.*|bar\.warp\.sync", _left_out),
+    ("wait left out", r"cp\.async\.wait.*", _left_out),
+    ("commit left out", r"cp\.async\.commit_group", _left_out),
+    ("copy left out", r"cp\.async\.c[ag]\..*", _left_out),
+    ("store left out", r"st\..*|red\..*", _left_out),
+    ("registers of A swapped", r"mma\..*", _registers_swapped(1)),
+    ("registers of B swapped", r"mma\..*", _registers_swapped(2)),
+    ("registers of C swapped", r"mma\..*", _registers_swapped(3)),
+    ("registers swapped", r"ldmatrix\..*x[24].*", _registers_swapped(0)),
+    ("elements swapped", r"(ld|st)\..*\.v[24]\..*", _elements_swapped),
+    ("not transposed", r"ldmatrix\..*\.trans\..*", lambda one: replace(one, opcode=one.opcode.replace(".trans", ""))),
+    ("another lane", r"shfl\..*", _another_lane),
+    ("predicate negated", r"(?!bra).*", _negated),
+    ("branch negated", r"bra.*", _negated),
+    ("predicate left out", r"(?!bra).*", lambda one: replace(one, predicate=None)),
+    ("address one further", r"(ld|st|cp|ldmatrix|red|atom)\..*(global|shared).*", _one_further),
+    ("constant one larger", r"(add|sub|mad|shl|shr|and|mul)\..*[busd](16|32|64)", _one_larger),
+    ("compared otherwise", r"setp\.[lg][te]\..*", _other_opcode(lt="le", le="lt", gt="ge", ge="gt")),
+    ("added for subtracted", r"(add|sub)\..*f(16|32|64)", _other_opcode(add="sub", sub="add")),
+    ("factor for divisor", r"(div|rcp).*", _not_divided),
+    ("minimum for maximum", r"(min|max)\..*", _other_opcode(min="max", max="min")),
+    ("the other choice", r"selp\..*", lambda one: replace(one, operands=tuple(one.operands[i] for i in (0, 2, 1, 3)))),
+    ("the addend left out", r"fma\..*", _no_addend),
+]
 
 
 def mutants(program: Program, per_kind: int, seed: int) -> list[Mutant]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin: kernels of the implementation PYDISTILL_TEST_IMPL, "triton" or "cuda", run on CPU tensors through the PTX
-that their compiler makes of them."""
+"""A pytest plugin: kernels of the implementation PYDISTILL_TEST_IMPL, "triton" or "cuda", run on CPU tensors through
+the PTX that their compiler makes of them."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ AMDGCN = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Limits:
-    """What the blocks that run at once on one multiprocessor share. One of AMD is a compute unit of four SIMDs, each with
-    registers of its own; registers are counted per thread, by the allocation unit of `register_unit`."""
+    """What the blocks that run at once on one multiprocessor share (of AMD: on a compute unit, with a workgroup for a
+    block, a wave for a warp and SIMDs for its sides)."""
 
     warp: int
     warps: int
     blocks: int
     registers: int  # of all threads together
-    register_unit: int  # of a warp
+    register_unit: int  # by which a warp gets them
     shared: int
     reserved_shared: int  # taken by every block
     shared_unit: int

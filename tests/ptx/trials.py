@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mutants of the package's kernels: `python tests/ptx/trials.py triton|cuda LOSS [mutants of a kind]`.
 
-Each kernel has a few launches to be caught by: sizes that are neither multiples nor blocks, small and large, masks, and the
-last row valid, so that what goes over the end shows. The last word printed is the share of mutants that were caught.
-"""
+Each kernel has a few launches to be caught by: sizes that are neither multiples nor blocks, small and large, masks,
+and the last row valid, so that what goes over the end shows. The last word printed is the share of mutants that were
+caught."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-import torch  # noqa: E402
-from cases import ATTENTION_RELATION, PROJECTED_MSE, SOFT_TARGET, LossCase, Tensors, run  # noqa: E402
+import torch
+from cases import ATTENTION_RELATION, PROJECTED_MSE, SOFT_TARGET, LossCase, Tensors, run
 
-from ptx import cuda_device, mutants, triton_device  # noqa: E402
+from ptx import cuda_device, mutants, triton_device
 
 CASES = {case.name: case for case in (SOFT_TARGET, ATTENTION_RELATION, PROJECTED_MSE)}
 SEED = 0
@@ -30,7 +30,9 @@ def soft_target() -> Iterator[tuple[Tensors, dict[str, Any]]]:
         tensors = SOFT_TARGET.inputs((rows, classes), torch.float32)
         for name in ("student_logits", "teacher_logits"):
             tensors[name] *= torch.tensor([1.0, 40.0, 0.1])[torch.arange(rows) % 3, None]
-        tensors["mask"][-1], tensors["labels"][-1] = True, classes - 1
+        # One row of each kind that does not count: elsewhere an element that is left as it was is the wrong one.
+        tensors["mask"][:], tensors["labels"][:] = True, torch.arange(rows) % classes
+        tensors["mask"][1], tensors["labels"][2] = False, -100
         yield tensors, {"divergence": "jsd", "temperature": 2.0, "hard_weight": 0.3}
 
 
