@@ -2,6 +2,7 @@
 #
 # make demo     the first system whole: a BiLSTM learns from a Transformer on real sentences
 # make test     the test suite
+# make gpu-proof   GPU code without a GPU, what takes minutes: numerics through PTX, traffic, budgets, mutants
 # make bench    the kernel benchmarks, into bench-results/
 # make docs     fill the tables of README.md and docs/ from the raw files in docs/benchmarks/
 # make lint     ruff, mypy, clang-format
@@ -39,7 +40,7 @@ NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc
 WHEEL_SOURCES = $(NATIVE_SOURCES) README.md LICENSE $(shell find kernels pydistill ! -path '*__pycache__*' ! -name '*.so')
 CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench docs lint format wheel compat clean
+.PHONY: help demo test gpu-proof bench docs lint format wheel compat clean
 .DEFAULT_GOAL := help
 
 help:
@@ -66,6 +67,9 @@ demo: $(VENV)/.installed
 # One thread unless a test asks for more: on tensors this small, threads that wait for each other cost more than they bring.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TEST_ARGS)
+
+gpu-proof: $(VENV)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m gpu_proof -ra $(TEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/pydistill bench soft_target $(BENCH_ARGS)
