@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention_relation_problem.h"
 #include "checks.h"
 #include "cpu/isa.h"
 #include "tensors.h"
@@ -26,8 +27,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int slots = 3;  // queries, keys, values
-
 // Which tokens see each other.
 struct Sequences {
   std::vector<std::vector<int32_t>> tokens;   // of each sequence, ascending
@@ -36,26 +35,10 @@ struct Sequences {
   int64_t valid = 0;
 };
 
-Sequences sequences_of(int64_t batches, int64_t positions, const std::optional<Tensor>& mask,
-                       const std::optional<Tensor>& segment_ids) {
-  STD_TORCH_CHECK(positions < (int64_t{1} << 31), "attention_relation: N must be below 2^31, got ", positions);
-  const auto check = [&](const Tensor& t, ScalarType dtype, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == batches && t.size(1) == positions,
-                    "attention_relation: ", name, " must have shape [", batches, ", ", positions,
-                    "] and its proper dtype, got ", shape(t));
-    return torch::stable::contiguous(t);
-  };
-  Tensor masks, segments;
-  const bool* valid = nullptr;
-  const int64_t* segment = nullptr;
-  if (mask) {
-    masks = check(*mask, ScalarType::Bool, "mask");
-    valid = static_cast<const bool*>(masks.const_data_ptr());
-  }
-  if (segment_ids) {
-    segments = check(*segment_ids, ScalarType::Long, "segment_ids");
-    segment = static_cast<const int64_t*>(segments.const_data_ptr());
-  }
+Sequences sequences_of(const RelationProblem& p) {
+  const int64_t batches = p.batches, positions = p.positions;
+  const bool* valid = p.mask ? static_cast<const bool*>(p.mask->const_data_ptr()) : nullptr;
+  const int64_t* segment = p.segment_ids ? static_cast<const int64_t*>(p.segment_ids->const_data_ptr()) : nullptr;
   Sequences found;
   found.padding.resize(batches);
   for (int64_t b = 0; b < batches; ++b) {
@@ -176,48 +159,19 @@ std::vector<double> run(const std::vector<RelationJob>& jobs) {
   return values;
 }
 
-using Slots = std::array<std::optional<Tensor>, slots>;
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_relation(
     std::optional<Tensor> student_q, std::optional<Tensor> student_k, std::optional<Tensor> student_v,
     std::optional<Tensor> teacher_q, std::optional<Tensor> teacher_k, std::optional<Tensor> teacher_v,
     std::vector<int64_t> relations, std::vector<double> weights, std::optional<Tensor> mask,
     std::optional<Tensor> segment_ids, std::optional<Tensor> num_items, std::optional<Tensor> row_weights, bool causal,
     std::optional<int64_t> relation_heads, std::optional<double> scale, std::string reduction, bool with_gradient) {
-  const Slots given_students{student_q, student_k, student_v}, given_teachers{teacher_q, teacher_k, teacher_v};
-  const int64_t count = static_cast<int64_t>(relations.size()) / 2;
-  STD_TORCH_CHECK(count >= 1 && relations.size() == 2 * weights.size(),
-                  "attention_relation: relations must hold two slots per weight");
-  STD_TORCH_CHECK(
-      reduction == "sequence_mean" || reduction == "token_mean" || reduction == "sum" || reduction == "none",
-      "attention_relation: unknown reduction '", reduction, "'");
-  STD_TORCH_CHECK(reduction != "none" || count == 1, "attention_relation: reduction 'none' takes one relation");
-  Slots students, teachers;
-  std::array<int, slots> uses{};
-  const Tensor* first = nullptr;
-  for (int64_t r = 0; r < count; ++r)
-    for (int side = 0; side < 2; ++side) {
-      const int64_t slot = relations[2 * r + side];
-      STD_TORCH_CHECK(slot >= 0 && slot < slots && given_students[slot] && given_teachers[slot],
-                      "attention_relation: relation ", r, " needs the tensors of slot ", slot);
-      if (side == 1 && slot == relations[2 * r]) continue;
-      STD_TORCH_CHECK(++uses[slot] == 1, "attention_relation: slot ", slot, " stands in two relations");
-      const auto usable = [&](const Tensor& t) {
-        STD_TORCH_CHECK(t.dim() == 4, "attention_relation: tensors must be [B, H, N, d], got ", shape(t));
-        return t.size(3) > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
-      };
-      students[slot] = usable(*given_students[slot]);
-      teachers[slot] = usable(*given_teachers[slot]);
-      if (first == nullptr) first = &*students[slot];
-      for (const Tensor* t : {&*students[slot], &*teachers[slot]})
-        STD_TORCH_CHECK(
-            t->scalar_type() == first->scalar_type() && t->size(0) == first->size(0) && t->size(2) == first->size(2),
-            "attention_relation: all tensors must have one dtype, B and N, got ", shape(*t), " vs ", shape(*first));
-    }
-  STD_TORCH_CHECK(!scale || *scale > 0, "attention_relation: scale must be above 0");
-  const Dtype dtype = dtype_of("attention_relation", *first);
-  const int64_t batches = first->size(0), positions = first->size(2);
-  const Sequences sequences = sequences_of(batches, positions, mask, segment_ids);
+  const RelationProblem p = relation_problem(
+      {student_q, student_k, student_v}, {teacher_q, teacher_k, teacher_v},
+      {relations, weights, mask, segment_ids, num_items, row_weights, causal, relation_heads, scale, reduction});
+  const Tensor& first = p.first();
+  const Dtype dtype = p.dtype;
+  const int64_t count = static_cast<int64_t>(p.pairs.size()), batches = p.batches, positions = p.positions;
+  const Sequences sequences = sequences_of(p);
   const int64_t sequence_count = static_cast<int64_t>(sequences.tokens.size());
 
   double denominator = 1;
@@ -227,81 +181,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_relation(
   // fp16 has no room below for a gradient divided by many rows: that factor is left to backward (see soft_target), at
   // its size for a head of middling length.
   double rows = denominator;
-  if (reduction == "sequence_mean" || reduction == "token_mean")
-    rows *= static_cast<double>(relation_heads ? *relation_heads : first->size(1));
+  if (reduction == "sequence_mean" || reduction == "token_mean") rows *= static_cast<double>(p.pairs[0].heads);
   if (reduction == "sequence_mean")
     rows *= static_cast<double>(std::max<int64_t>(sequences.valid, 1)) /
             static_cast<double>(std::max<int64_t>(sequence_count, 1));
   const double later = dtype == Dtype::f16 ? std::exp2(-std::floor(std::log2(rows))) : 1;
 
-  std::array<Tensor, slots> gradients;
-  for (int slot = 0; slot < slots; ++slot) {
-    if (!with_gradient || !students[slot]) {
-      gradients[slot] = torch::stable::new_empty(*first, {0});
+  std::array<Tensor, relation_slots> gradients;
+  for (int slot = 0; slot < relation_slots; ++slot) {
+    if (!with_gradient || !p.students[slot]) {
+      gradients[slot] = torch::stable::new_empty(first, {0});
       continue;
     }
-    gradients[slot] = torch::stable::empty_like(*students[slot]);
+    gradients[slot] = torch::stable::empty_like(*p.students[slot]);
     ask_for_large_pages(gradients[slot]);
     clear(gradients[slot], sequences.padding);
   }
 
   const bool rows_wanted = reduction == "none";
   const auto loss_dtype = std::optional<ScalarType>(dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
-  Tensor row_loss = torch::stable::new_empty(*first, {0}, loss_dtype);
+  Tensor row_loss = torch::stable::new_empty(first, {0}, loss_dtype);
   const int64_t value_size = static_cast<int64_t>(row_loss.element_size());
   std::vector<RelationJob> jobs;
   std::vector<double> factors;  // of each job in its relation's value
   std::vector<int64_t> relation_of;
-  Tensor incoming;
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t a = relations[2 * r], b = relations[2 * r + 1];
-    const Tensor &student_a = *students[a], &student_b = *students[b], &teacher_a = *teachers[a],
-                 &teacher_b = *teachers[b];
-    const int64_t heads = relation_heads ? *relation_heads : student_a.size(1);
-    const auto width = [](const Tensor& t) { return t.size(1) * t.size(3); };
-    STD_TORCH_CHECK(same_shape(student_a, student_b) && same_shape(teacher_a, teacher_b),
-                    "attention_relation: both tensors of a relation must have one shape, got ", shape(student_a),
-                    " and ", shape(student_b), ", ", shape(teacher_a), " and ", shape(teacher_b));
-    STD_TORCH_CHECK(heads >= 1 && width(student_a) % heads == 0 && width(teacher_a) % heads == 0 &&
-                        (relation_heads || student_a.size(1) == teacher_a.size(1)),
-                    "attention_relation: ", heads, " relation heads do not divide ", shape(student_a), " and ",
-                    shape(teacher_a));
+    const RelationPair& pair = p.pairs[r];
+    const int64_t heads = pair.heads;
     RelationJob job{};
     job.dtype = dtype;
     job.causal = causal;
-    job.self = a == b;
-    const auto side = [&](const Tensor& x, const Tensor& y) {
-      const int64_t size = width(x) / heads;
-      return RelationSide{heads_of(x), heads_of(y), size, scale ? *scale : 1 / std::sqrt(static_cast<double>(size))};
-    };
-    job.student = side(student_a, student_b);
-    job.teacher = side(teacher_a, teacher_b);
+    job.self = pair.a == pair.b;
+    job.student = {heads_of(*p.students[pair.a]), heads_of(*p.students[pair.b]), pair.student_size, pair.student_scale};
+    job.teacher = {heads_of(*p.teachers[pair.a]), heads_of(*p.teachers[pair.b]), pair.teacher_size, pair.teacher_scale};
     if (with_gradient) {
-      job.grad_a = heads_of(gradients[a]);
-      job.grad_b = heads_of(gradients[b]);
+      job.grad_a = heads_of(gradients[pair.a]);
+      job.grad_b = heads_of(gradients[pair.b]);
     }
-    if (rows_wanted) {
-      row_loss = torch::stable::new_zeros(*first, {batches, heads, positions}, loss_dtype);
-      if (row_weights) {
-        STD_TORCH_CHECK(
-            row_weights->numel() == batches * heads * positions && row_weights->scalar_type() == *loss_dtype,
-            "attention_relation: row_weights must be [B, heads, N] in the dtype of the loss, got ",
-            shape(*row_weights));
-        incoming = torch::stable::contiguous(*row_weights);
-      }
-    }
+    if (rows_wanted) row_loss = torch::stable::new_zeros(first, {batches, heads, positions}, loss_dtype);
     for (int64_t s = 0; s < sequence_count; ++s) {
       const int64_t length = static_cast<int64_t>(sequences.tokens[s].size());
       double factor = 1 / denominator;
       if (reduction == "sequence_mean") factor /= static_cast<double>(length * heads);
       if (reduction == "token_mean") factor /= static_cast<double>(heads);
-      job.sequence = {sequences.batch[s], sequences.tokens[s].data(), length, weights[r] * factor / later};
+      job.sequence = {sequences.batch[s], sequences.tokens[s].data(), length, pair.weight * factor / later};
       for (int64_t h = 0; h < heads; ++h) {
         job.relation_head = h;
         const int64_t at = (sequences.batch[s] * heads + h) * positions;
         if (rows_wanted) job.row_loss = static_cast<char*>(row_loss.mutable_data_ptr()) + at * value_size;
-        if (rows_wanted && row_weights)
-          job.row_weights = static_cast<const char*>(incoming.const_data_ptr()) + at * value_size;
+        if (p.row_weights)
+          job.row_weights = static_cast<const char*>(p.row_weights->const_data_ptr()) + at * value_size;
         jobs.push_back(job);
         factors.push_back(factor);
         relation_of.push_back(r);
@@ -318,13 +247,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_relation(
     else
       static_cast<float*>(t.mutable_data_ptr())[i] = static_cast<float>(x);
   };
-  Tensor part_values = torch::stable::new_empty(*first, {count}, loss_dtype);
-  Tensor loss = rows_wanted ? row_loss : torch::stable::new_empty(*first, {}, loss_dtype);
-  Tensor gradient_scale = torch::stable::new_empty(*first, {}, loss_dtype);
+  Tensor part_values = torch::stable::new_empty(first, {count}, loss_dtype);
+  Tensor loss = rows_wanted ? row_loss : torch::stable::new_empty(first, {}, loss_dtype);
+  Tensor gradient_scale = torch::stable::new_empty(first, {}, loss_dtype);
   double total = 0;
   for (int64_t r = 0; r < count; ++r) {
     write(part_values, r, parts[r]);
-    total += weights[r] * parts[r];
+    total += p.pairs[r].weight * parts[r];
   }
   if (!rows_wanted) write(loss, 0, total);
   write(gradient_scale, 0, later);

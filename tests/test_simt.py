@@ -22,25 +22,15 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 
-# They are in fp64, which the CUDA kernels do not take.
-IN_FP64 = (
-    "fp64",
-    "float64",
-    "(golden_values and dtype0)",
-    "golden_gradients",
-    "invariances",
-    "temperature_limit",
-    "jsd_limits",
-)
-
 
 class Planted(NamedTuple):
-    """A bug to plant: one line of a source, by what it is replaced, and the library that shows it."""
+    """A bug to plant: one line of a source, by what it is replaced, and the op and the library that show it."""
 
     file: str
     line: str
     replacement: str
     flavour: str = "plain"  # or "address", "thread": only a sanitizer sees it for sure
+    op: str = "soft_target"
 
 
 PLANTED = {
@@ -53,7 +43,7 @@ PLANTED = {
     "unaligned_load": Planted("device.cuh", "if (aligned) return load", "return load", "address"),
     "short_of_shared": Planted("soft_target.cuh", "2 * vector_bytes - 1", "vector_bytes - 1", "address"),
     "ignored_mask": Planted("soft_target.cuh", "(mask == nullptr || mask[r]) && ", ""),
-    "sum_not_moved": Planted("soft_target.cuh", "    teacher *= factor_teacher;\n", ""),
+    "teacher_not_moved": Planted("soft_target.cuh", "    teacher *= factor_teacher;\n", ""),
     "wrong_label": Planted("soft_target.cuh", "if (i + k == label) g[k]", "if (i + k == label + 1) g[k]"),
     "hidden_nan": Planted("soft_target.cuh", "return x < 0 ? 0.0f : x;", "return fmaxf(x, 0.0f);"),
     "shared_not_asked_for": Planted("soft_target.cu", "if (shared > shared_without_asking)", "if (false)"),
@@ -61,18 +51,55 @@ PLANTED = {
 }  # fmt: skip
 
 
+# Of attention_relation: what is replaced by what in which file, and the library that shows it.
+PLANTED_RELATION = {
+    "copies_not_waited_for": (
+        "    wait_for_copies();\n    __syncthreads();\n    fetch_others(start +",
+        "    fetch_others(start +",
+        "attention_relation.cuh",
+    ),
+    "barrier_before_others": (
+        "    __syncthreads();\n    fetch_others(start +", "    fetch_others(start +", "attention_relation.cuh", "thread"
+    ),
+    "one_turn": ("return step_of(start) % 2;", "return 0;", "attention_relation.cuh"),
+    "two_turns_of_ids": ("step_of(start) % 3", "step_of(start) % 2", "attention_relation.cuh"),
+    "chunk_overwritten": ("columns);\n      __syncthreads();", "columns);", "attention_relation.cuh", "thread"),
+    "warp_barrier_of_store": ("  __syncwarp();\n  constexpr", "  constexpr", "attention_relation.cuh", "thread"),
+    "rest_left_out": ("multiply_add<S>(c[m], rest, b[0], b[1]);", "", "matrix.cuh"),
+    "not_transposed": ("load_matrices<true>(b", "load_matrices<false>(b", "matrix.cuh"),
+    "difference_not_moved": (
+        "(difference + (teacher > 0 ? teacher * moved : 0.0f))", "difference", "attention_relation.cuh"
+    ),
+    "sum_not_moved": ("    student *= kept_s;\n", "", "attention_relation.cuh"),
+    "future_seen": ("|| (a.causal && sight.behind(n, i) > 0)) continue;", ") continue;", "attention_relation.cuh"),
+    "rows_mixed_up": ("range.sequence[i / 2] == ids", "range.sequence[0] == ids", "attention_relation.cuh"),
+    "padding_fetched": ("ids[row] < 0 ? 0 : max(", "max(", "attention_relation.cuh"),
+    "stored_beyond": ("token >= a.positions || count <= 0", "count <= 0", "attention_relation.cuh", "address"),
+    "vectors_for_all": ("v.vectors = !v.cut && ", "v.vectors = true || ", "attention_relation.cu", "address"),
+    "keys_left_out": ("second : {false, true}", "second : {false}", "attention_relation.cu"),
+}  # fmt: skip
+PLANTED |= {
+    name: Planted(file, line, replacement, *(flavour or ["plain"]), "attention_relation")
+    for name, (line, replacement, file, *flavour) in PLANTED_RELATION.items()
+}
+# The sanitizers need one type, and so do compilers in a hurry.
+OTHER_TYPES = {
+    "soft_target": r"launch_divergence<__\w+>\(p, a, stream\)",
+    "attention_relation": r"launcher\.all<(float|__half)>\(\)",
+}
+
+
 def plant(name: str, bug: Planted, folder: Path) -> None:
-    """A copy of csrc with the bug in it, for fp32 alone."""
+    """A copy of csrc with the bug in it, for one type alone: fp32, or bf16 where tensor cores are used."""
     shutil.copytree(ROOT / "csrc", folder / name / "csrc")
     source = folder / name / "csrc" / "cuda" / bug.file
     text = source.read_text()
     assert text.count(bug.line) == 1, f"{name}: {bug.file} has changed"
     source.write_text(text.replace(bug.line, bug.replacement))
-    launcher = folder / name / "csrc" / "cuda" / "soft_target.cu"
-    launcher.write_text(
-        re.sub(r"launch_divergence<__\w+>\(p, a, stream\)", "cudaErrorInvalidValue", launcher.read_text())
-    )
+    launcher = folder / name / "csrc" / "cuda" / f"{bug.op}.cu"
+    launcher.write_text(re.sub(OTHER_TYPES[bug.op], "cudaErrorInvalidValue", launcher.read_text()))
     (folder / name / "flavour").write_text(bug.flavour)
+    (folder / name / "op").write_text(bug.op)
 
 
 class Build:
@@ -118,7 +145,7 @@ ORDERS = {"plain": "forward,reverse,random", "address": "forward,random", "threa
 REPORTS = {"address": "SUMMARY: AddressSanitizer|runtime error: ", "thread": "SUMMARY: ThreadSanitizer: data race"}
 
 
-def probe(flavour: str, *libraries: Path) -> str:
+def probe(flavour: str, probed: str, *libraries: Path) -> str:
     """What tests/simt/probe.py prints; ChildError with a sanitizer's report."""
     environment = {"OMP_NUM_THREADS": "1", "PYDISTILL_NATIVE": "0"}
     if flavour != "plain":
@@ -127,7 +154,9 @@ def probe(flavour: str, *libraries: Path) -> str:
         # Python itself is not instrumented: the runtime has to be there before it.
         environment["LD_PRELOAD"] = done.stdout.strip()
         environment |= {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
-    return in_a_new_process(["-m", "simt.probe", ORDERS[flavour], *map(str, libraries)], timeout=900, **environment)
+    return in_a_new_process(
+        ["-m", "simt.probe", ORDERS[flavour], probed, *map(str, libraries)], timeout=900, **environment
+    )
 
 
 def in_harness(build: Build, arguments: list[str], **environment: str) -> str:
@@ -146,38 +175,56 @@ def test_harness_reports_what_a_gpu_leaves_undefined(build: Build) -> None:
     build.run(str(build.folder / "tests" / "simt" / "simt_harness"))
 
 
+# Long sequences take minutes where they are in half precision.
+SELECTED = {"attention_relation": "not ((equality_is_zero or several_sweeps) and (bf16 or fp16))"}
+FEWEST = {"soft_target": 350, "attention_relation": 180}
+
+
 # In one of the orders nothing fits into shared memory.
-@pytest.mark.parametrize(("order", "shared"), [("forward", 232448), ("reverse", 2048), ("random", 232448)])
-def test_numerics(build: Build, order: str, shared: int) -> None:
+@pytest.mark.parametrize(
+    ("loss", "order", "shared"),
+    [
+        ("soft_target", "forward", 232448),
+        ("soft_target", "reverse", 2048),
+        ("soft_target", "random", 232448),
+        ("attention_relation", "random", 232448),
+    ],
+)
+def test_numerics(build: Build, loss: str, order: str, shared: int) -> None:
     """The numerics tests of all implementations, with the same tolerances."""
+    selected = ["-k", SELECTED[loss]] if loss in SELECTED else []
     report = in_harness(
         build,
-        [*numerics_of("test_soft_target.py"), "-k", "not " + " and not ".join(IN_FP64)],
+        [*numerics_of(f"test_{loss}.py"), *selected],
         PYDISTILL_SIMT_ORDER=order,
         PYDISTILL_SIMT_SHARED=str(shared),
     )
     found = re.search(r"(\d+) passed", report)
-    assert found is not None and int(found[1]) > 350, report
+    assert found is not None and int(found[1]) > FEWEST[loss], report
 
 
-def test_what_only_cuda_does(build: Build) -> None:
-    assert "passed" in in_harness(build, ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "simt/soft_target.py"])
+@pytest.mark.parametrize("loss", FEWEST)
+def test_what_only_cuda_does(build: Build, loss: str) -> None:
+    assert "passed" in in_harness(build, ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"simt/{loss}.py"])
 
 
 @pytest.mark.parametrize("flavour", ["address", "thread"])
 def test_sanitizers_find_nothing(build: Build, flavour: str) -> None:
-    assert probe(flavour, build.target(f"simt_{flavour}")) == f"simt_{flavour} fine\n"
+    assert probe(flavour, ",".join(FEWEST), build.target(f"simt_{flavour}")) == f"simt_{flavour} fine\n"
 
 
-def test_planted_bugs_are_caught(build: Build) -> None:
+@pytest.mark.parametrize("op", FEWEST)
+def test_planted_bugs_are_caught(build: Build, op: str) -> None:
     build.target("simt_planted")
     by_flavour: dict[str, list[Path]] = {flavour: [] for flavour in ORDERS}
     for name, bug in PLANTED.items():
-        by_flavour[bug.flavour].append(build.folder / "tests" / "simt" / f"simt_{name}.so")
-    report = probe("plain", *by_flavour.pop("plain")).splitlines()
+        if bug.op == op:
+            by_flavour[bug.flavour].append(build.folder / "tests" / "simt" / f"simt_{name}.so")
+    plain = by_flavour.pop("plain")
+    report = probe("plain", op, *plain).splitlines()
     assert not [line for line in report if line.endswith(" fine")]
-    assert len(report) == sum(bug.flavour == "plain" for bug in PLANTED.values())
+    assert len(report) == len(plain)
     for flavour, libraries in by_flavour.items():
         for library in libraries:
             with pytest.raises(ChildError, match=REPORTS[flavour]):
-                probe(flavour, library)
+                probe(flavour, op, library)

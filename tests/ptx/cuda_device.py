@@ -175,6 +175,7 @@ class Launch:
     tensors: Sequence[Tensor]
     traffic: Traffic | None = None
     steps: int = 0
+    executed: frozenset[int] = frozenset()
     before: Snapshot | None = None
 
     @property
@@ -197,7 +198,7 @@ class Launch:
             tensors=self.tensors,
             max_steps=max_steps,
         )
-        self.traffic, self.steps = machine.traffic, machine.steps
+        self.traffic, self.steps, self.executed = machine.traffic, machine.steps, frozenset(machine.executed)
 
 
 class Library:

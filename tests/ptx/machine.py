@@ -96,6 +96,7 @@ class Machine:
         self.copies: list[tuple[Array, Array, Array, Array]] = []  # threads, shared address, bytes, number of the group
         self.groups = np.zeros(self.count, np.int64)  # of copies that a thread has committed
         self.steps = 0
+        self.executed: set[int] = set()  # positions of instructions that some thread has taken
 
     def _special(self) -> dict[str, Array]:
         thread, block = self.threads % self.threads_per_block, self.block_of
@@ -256,6 +257,7 @@ class Machine:
                     chosen = condition(ALL if threads.size == self.count else threads)
                     active = threads if chosen.all() else threads[chosen]
                 if branches[pc] or leaves[pc]:
+                    self.executed.add(pc)
                     target = targets[pc] if branches[pc] else end
                     if active.size == threads.size:
                         pc = target
@@ -266,9 +268,11 @@ class Machine:
                 elif barriers[pc]:
                     if active.size < threads.size:
                         raise PtxError(f"barrier for a part of the threads: {code[pc].place}")
+                    self.executed.add(pc)
                     meet(pc, threads, waiting)
                     break
                 elif active.size:
+                    self.executed.add(pc)
                     try:
                         step = steps[pc]
                         if step is None:

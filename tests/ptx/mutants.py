@@ -26,6 +26,7 @@ class Launch(Protocol):
     name: str
     before: Snapshot | None
     steps: int
+    executed: frozenset[int]
 
     @property
     def program(self) -> Program: ...
@@ -148,14 +149,14 @@ RULES: list[tuple[str, str, Rule]] = [
 ]
 
 
-def mutants(program: Program, per_kind: int, seed: int) -> list[Mutant]:
-    """At most `per_kind` of each kind, chosen by the seed."""
+def mutants(program: Program, executed: frozenset[int], per_kind: int, seed: int) -> list[Mutant]:
+    """At most `per_kind` of each kind among the instructions that are executed, chosen by the seed."""
     chosen = []
     generator = random.Random(seed)
     for kind, pattern, rule in RULES:
         found = []
         for position, one in enumerate(program.instructions):
-            if re.fullmatch(pattern, one.opcode):
+            if position in executed and re.fullmatch(pattern, one.opcode):
                 mutated = rule(one)
                 if mutated is None or replace(mutated, text=one.text) != one:
                     found.append(Mutant(kind, position, mutated))
@@ -194,6 +195,7 @@ class Trial:
     launch: Launch
     expected: list[Tensor]
     steps: int
+    executed: frozenset[int]
     after: Snapshot
 
     def catches(self, program: Program) -> bool:
@@ -220,8 +222,9 @@ def score(launches: Sequence[Launch], *, per_kind: int = 4, seed: int = 0) -> Sc
     with what was in memory before; it is left as it was after them."""
     trials = [trial(launch) for launch in launches]
     program = launches[0].program
+    executed = frozenset().union(*(launch.executed for launch in launches))
     result = Score(launches[0].name)
-    for mutant in mutants(program, per_kind, seed):
+    for mutant in mutants(program, executed, per_kind, seed):
         broken = mutated(program, mutant)
         if any(one.catches(broken) for one in trials):
             result.caught[mutant.kind] = result.caught.get(mutant.kind, 0) + 1

@@ -45,8 +45,8 @@ def attention_relation() -> Iterator[tuple[Tensors, dict[str, Any]]]:
 
 
 def projected_mse() -> Iterator[tuple[Tensors, dict[str, Any]]]:
-    for rows in (37, 70):
-        tensors = PROJECTED_MSE.inputs((rows, 24, 56), torch.bfloat16)
+    for shape in ((37, 24, 56), (70, 64, 128)):
+        tensors = PROJECTED_MSE.inputs(shape, torch.bfloat16)
         tensors["mask"][-1] = True
         yield tensors, {"normalize": True}
 

@@ -65,6 +65,7 @@ class Launch:
     arguments: list[tuple[str, Any]]
     traffic: Traffic | None = None
     steps: int = 0
+    executed: frozenset[int] = frozenset()
     before: Snapshot | None = None
 
     @property
@@ -91,7 +92,7 @@ class Launch:
             shared=self.metadata.shared,
             max_steps=max_steps,
         )
-        self.traffic, self.steps = machine.traffic, machine.steps
+        self.traffic, self.steps, self.executed = machine.traffic, machine.steps, frozenset(machine.executed)
 
 
 def flat(kinds: tuple[Any, ...], values: tuple[Any, ...]) -> list[tuple[str, Any]]:

@@ -62,7 +62,7 @@ __global__ void no_barrier(float* out) {
 __global__ void copy_without_wait(float* out) {
   PYD_DYNAMIC_SHARED(shared);
   float* const x = reinterpret_cast<float*>(shared);
-  simt::copy_async(x + threadIdx.x, out + threadIdx.x, sizeof(float));
+  simt::copy_async(x + threadIdx.x, out + threadIdx.x, sizeof(float), sizeof(float));
   simt::commit_copies();
   __syncthreads();
   out[threadIdx.x] = x[threadIdx.x];
@@ -72,7 +72,7 @@ __global__ void copy_without_wait(float* out) {
 __global__ void copy_with_wait(float* out) {
   PYD_DYNAMIC_SHARED(shared);
   float* const x = reinterpret_cast<float*>(shared);
-  simt::copy_async(x + threadIdx.x, out + threadIdx.x, sizeof(float));
+  simt::copy_async(x + threadIdx.x, out + threadIdx.x, sizeof(float), sizeof(float));
   simt::commit_copies();
   simt::wait_copies(0);
   __syncthreads();
@@ -81,7 +81,7 @@ __global__ void copy_with_wait(float* out) {
 
 __global__ void copy_without_commit(float* out) {
   PYD_DYNAMIC_SHARED(shared);
-  simt::copy_async(shared, out, sizeof(float));
+  simt::copy_async(shared, out, sizeof(float), sizeof(float));
 }
 
 int surprises = 0;

@@ -75,7 +75,7 @@ enum class State { ready, at_barrier, in_collective, done };
 struct Copy {
   void* to;
   const void* from;
-  size_t bytes;
+  size_t bytes, given;
 };
 
 struct Thread {
@@ -415,7 +415,34 @@ void sync_warp(unsigned mask) {
   acquire(warp);
 }
 
-void copy_async(void* to, const void* from, size_t bytes) { now.running->copies.push_back({to, from, bytes}); }
+void load_matrices(unsigned (&out)[4], const void* row, bool transposed) {
+  // Each lane reads the row that it names; the rows are exchanged.
+  struct Row {
+    uint16_t element[8];
+    bool transposed;
+  } input;
+  std::memcpy(input.element, row, sizeof(input.element));
+  input.transposed = transposed;
+  collective(0xffffffffu, transposed ? "ldmatrix.trans" : "ldmatrix", &input, &out,
+             [](unsigned, const void* const* in, void* const* result) {
+               for (int l = 0; l < 32; ++l)
+                 for (int m = 0; m < 4; ++m) {
+                   const auto element = [&](int r, int k) -> unsigned {
+                     const Row& from =
+                         *static_cast<const Row*>(in[8 * m + (static_cast<const Row*>(in[l])->transposed ? k : r)]);
+                     return from.element[from.transposed ? r : k];
+                   };
+                   static_cast<unsigned*>(result[l])[m] = element(l / 4, l % 4 * 2) | element(l / 4, l % 4 * 2 + 1)
+                                                                                          << 16;
+                 }
+             });
+}
+
+void copy_async(void* to, const void* from, size_t bytes, size_t given) {
+  // Nobody's until it is waited for.
+  std::memset(to, 0xff, bytes);
+  now.running->copies.push_back({to, from, bytes, given});
+}
 
 void commit_copies() {
   Thread& self = *now.running;
@@ -426,7 +453,10 @@ void commit_copies() {
 void wait_copies(int groups_left) {
   auto& groups = now.running->groups;
   while (static_cast<int>(groups.size()) > groups_left) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.given);
+      std::memset(static_cast<char*>(copy.to) + copy.given, 0, copy.bytes - copy.given);
+    }
     groups.erase(groups.begin());
   }
 }

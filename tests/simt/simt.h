@@ -26,11 +26,13 @@
 #undef __host__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #if defined(__SANITIZE_THREAD__)
 #define SIMT_HARNESS __attribute__((no_sanitize_thread))
@@ -65,10 +67,41 @@ void collective(unsigned mask, const char* name, const void* input, void* output
 // Orders what lanes did before against what they do after it, which the other collectives do not.
 void sync_warp(unsigned mask);
 
-// cp.async: groups of copies, which land when they are waited for.
-void copy_async(void* to, const void* from, size_t bytes);
+// cp.async: groups of copies, which land when they are waited for; `given` bytes are read, the others become zero.
+void copy_async(void* to, const void* from, size_t bytes, size_t given);
 void commit_copies();
 void wait_copies(int groups_left);
+
+// ldmatrix of four 8 x 8 matrices of 16-bit numbers.
+void load_matrices(unsigned (&out)[4], const void* row, bool transposed);
+
+// mma.m16n8k16: c += a b.
+struct Fragments {
+  unsigned a[4], b[2];
+  float c[4];
+};
+
+template <class S>
+SIMT_HARNESS void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const Fragments input{{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
+  collective(0xffffffffu, "mma", &input, &c, [](unsigned, const void* const* in, void* const* out) SIMT_HARNESS {
+    const auto element = [](const unsigned& pair, int which) SIMT_HARNESS {
+      S x;
+      std::memcpy(&x, reinterpret_cast<const char*>(&pair) + which * sizeof(S), sizeof(S));
+      return static_cast<double>(static_cast<float>(x));
+    };
+    const auto of = [&](int lane) SIMT_HARNESS { return static_cast<const Fragments*>(in[lane]); };
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) {
+        const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+        double sum = of(l)->c[i];
+        for (int k = 0; k < 16; ++k)
+          sum += element(of(row % 8 * 4 + k % 8 / 2)->a[k / 8 * 2 + row / 8], k % 2) *
+                 element(of(column * 4 + k % 8 / 2)->b[k / 8], k % 2);
+        static_cast<float*>(out[l])[i] = static_cast<float>(sum);
+      }
+  });
+}
 
 template <class T>
 struct Given {
