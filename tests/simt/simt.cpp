@@ -68,6 +68,7 @@ namespace {
 
 constexpr size_t stack_bytes = 64 << 10, page = 4096;
 constexpr int shared_without_asking = 48 << 10;
+constexpr size_t most_copies = 1024;  // of a thread, on their way
 
 enum class Order { forward, reverse, random };
 enum class State { ready, at_barrier, in_collective, done };
@@ -88,8 +89,11 @@ struct Thread {
   unsigned mask = 0;
   const void* input = nullptr;
   void* output = nullptr;
+  // Asynchronous copies on their way, oldest first, and how many each committed group has. The room is made by the
+  // scheduler: what a fiber allocates and another frees would look like a race.
   std::vector<Copy> copies;
-  std::vector<std::vector<Copy>> groups;
+  std::vector<size_t> groups;
+  size_t committed = 0;        // of the copies
   void* fiber = nullptr;       // ThreadSanitizer's
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
@@ -186,7 +190,7 @@ void entry() {
 #endif
   (*now.body)();
   Thread& self = *now.running;
-  if (!self.copies.empty()) fail("a thread ends with asynchronous copies that it has not committed");
+  if (self.copies.size() > self.committed) fail("a thread ends with asynchronous copies that it has not committed");
   release(now.at_end);
   self.state = State::done;
   to_scheduler();
@@ -259,6 +263,8 @@ class Shared {
 void start_thread(Thread& thread, int index) {
   thread = Thread{};
   thread.index = index;
+  thread.copies.reserve(most_copies);
+  thread.groups.reserve(most_copies);
   const unsigned x = now.block.x, y = now.block.y, i = index;
   thread.position = {{i % x, i / x % y, i / (x * y)}, index % 32};
   thread.stack = stacks.take();
@@ -439,26 +445,32 @@ void load_matrices(unsigned (&out)[4], const void* row, bool transposed) {
 }
 
 void copy_async(void* to, const void* from, size_t bytes, size_t given) {
+  Thread& self = *now.running;
+  if (self.copies.size() == most_copies) fail("a thread has more asynchronous copies on their way than there is room");
   // Nobody's until it is waited for.
   std::memset(to, 0xff, bytes);
-  now.running->copies.push_back({to, from, bytes, given});
+  self.copies.push_back({to, from, bytes, given});
 }
 
 void commit_copies() {
   Thread& self = *now.running;
-  self.groups.push_back(std::move(self.copies));
-  self.copies.clear();
+  self.groups.push_back(self.copies.size() - self.committed);
+  self.committed = self.copies.size();
 }
 
 void wait_copies(int groups_left) {
-  auto& groups = now.running->groups;
-  while (static_cast<int>(groups.size()) > groups_left) {
-    for (const Copy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.from, copy.given);
-      std::memset(static_cast<char*>(copy.to) + copy.given, 0, copy.bytes - copy.given);
-    }
-    groups.erase(groups.begin());
+  Thread& self = *now.running;
+  const size_t done = self.groups.size() - std::min(self.groups.size(), static_cast<size_t>(groups_left));
+  size_t landed = 0;
+  for (size_t i = 0; i < done; ++i) landed += self.groups[i];
+  for (size_t i = 0; i < landed; ++i) {
+    const Copy& copy = self.copies[i];
+    std::memcpy(copy.to, copy.from, copy.given);
+    std::memset(static_cast<char*>(copy.to) + copy.given, 0, copy.bytes - copy.given);
   }
+  self.groups.erase(self.groups.begin(), self.groups.begin() + static_cast<std::ptrdiff_t>(done));
+  self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(landed));
+  self.committed -= landed;
 }
 
 }  // namespace simt
