@@ -353,18 +353,19 @@ def _tiles(dtype: torch.dtype, k: int, m: int) -> tuple[dict[str, Any], dict[str
         over_projection = (64, 32 if features <= whole else 64)
         outputs = 128
 
-    def tile(depth: int, rows: int, columns: int, stages: int) -> dict[str, Any]:
+    def tile(depth: int, rows: int, columns: int, warps: int) -> dict[str, Any]:
         return {
             "WHOLE": features <= whole,
             "BLOCK_ROWS": rows,
             "BLOCK_K": features if features <= whole else depth,
             "BLOCK_M": min(width, columns),
             "BLOCK_OUT": min(features, outputs),
-            "num_warps": 8,
-            "num_stages": stages,
+            "num_warps": warps,
+            "num_stages": 2,
         }
 
-    return tile(depths[0], *over_rows, 2), tile(depths[1], *over_projection, 2)
+    # AMD's warps are twice as wide.
+    return tile(depths[0], *over_rows, 8), tile(depths[1], *over_projection, 4 if torch.version.hip else 8)
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
@@ -409,7 +410,7 @@ def projected_mse(
 
     count_rows[(1,)](
         mask, num_items, factors, gradient_scale, count, m, MEAN=reduction == "mean", BY_ROW=by_row,
-        HALF=student.dtype == torch.float16, BLOCK=8192, num_warps=8, enable_fp_fusion=True,
+        HALF=student.dtype == torch.float16, BLOCK=4096, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     directions = fresh(True, count, 3) if normalize else None
     if normalize and count > 0:

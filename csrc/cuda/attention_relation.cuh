@@ -464,7 +464,7 @@ struct RelationSums {
 
 // Values of a block of rows, added up by their shares, and for the gradient maxima and sums of exponentials.
 template <class S>
-__global__ void __launch_bounds__(relation_threads) relation_values(const __grid_constant__ RelationLaunch a) {
+__global__ void __launch_bounds__(relation_threads, 4) relation_values(const __grid_constant__ RelationLaunch a) {
   PYD_DYNAMIC_SHARED(shared);
   const RelationPlace p = relation_place(a);
   const RelationTask& task = *p.task;

@@ -195,7 +195,6 @@ class Trial:
     launch: Launch
     expected: list[Tensor]
     steps: int
-    executed: frozenset[int]
     after: Snapshot
 
     def catches(self, program: Program) -> bool:

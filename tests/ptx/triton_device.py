@@ -196,10 +196,13 @@ class Device(DriverBase):
         except RuntimeError:  # no GPU
             self.previous = None
         driver.set_active(self)
+        # By which host functions know what they launch on.
+        self.hip, torch.version.hip = torch.version.hip, "6.4" if TARGETS[self.target].backend == "hip" else None
         return self
 
     def __exit__(self, *error: object) -> None:
         driver.set_active(self.previous)  # type: ignore[arg-type]
+        torch.version.hip = self.hip
 
     # ------------------------------------------------------------------ what Triton asks
 
