@@ -10,7 +10,8 @@ A page says where a table goes and what it is made from, paths relative to the r
 `speed` is a csv of `pydistill bench`, in short; `bench` is all of it; `run` is the metrics.json of a finished run.
 The last two come with the picture of the same name beside the raw file. Made of several files, with commas between
 them: `variants` has the last student of each of several runs, `evaluate` all models of the metrics.json of calls of
-`pydistill evaluate`; `steps` is the json of minilm_step.py. A table of which a raw file is missing says so.
+`pydistill evaluate`; `steps` is the json of minilm_step.py. `gpu_code` and `gpu_traffic` are of gpu-static.json, which
+tests/ptx/budgets.py writes, `gpu_floors` is computed by the file. A table of which a raw file is missing says so.
 """
 
 from __future__ import annotations
@@ -185,6 +186,53 @@ def short_name(model: str) -> str:
     return parts[-1] if parts else model
 
 
+GPU_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def gpu_code(page: Path, source: Path) -> str:
+    """One line per kernel and workload: what the compilers made of it, by target."""
+    results = json.loads(source.read_text(encoding="utf-8"))
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for one in results["kernels"]:
+        name = f"{one['implementation']}: {one['op']} {one['workload']}"
+        cells = found.setdefault((name, one["kernel"]), dict.fromkeys(GPU_TARGETS, ""))
+        wide = one["loads_128"] + one["stores_128"]
+        cells[one["target"]] = (
+            f"{one['registers']} / {one['spills']} / {one['shared'] / 1024:.0f} K / {100 * one['occupancy']:.0f} % / "
+            f"{wide} / {one['matrix']}"
+        )
+    lines = [("workload", "kernel", *GPU_TARGETS)]
+    lines += [(name, f"`{kernel}`", *cells.values()) for (name, kernel), cells in found.items()]
+    compilers = ", ".join(f"{name} {version}" for name, version in results["compilers"].items())
+    return (
+        f"{grid(lines)}\n\nRegisters per thread / spills / shared memory per block / warps that can be resident / "
+        f"loads and stores of 16 bytes / instructions of tensor cores. Compilers: {compilers}."
+    )
+
+
+def gpu_traffic(page: Path, source: Path) -> str:
+    """One line per workload: bytes that the interpreted sm_80 code moved."""
+    results = json.loads(source.read_text(encoding="utf-8"))
+    lines = [("workload", "kB moved", "of every input and output once", "of the formula")]
+    lines += [
+        (
+            f"{one['implementation']}: {one['op']} {one['workload']}",
+            f"{one['moved'] / 1000:,.0f}",
+            f"{one['moved'] / one['minimum']:.2f}",
+            f"{one['moved'] / one['formula']:.2f}",
+        )
+        for one in results["traffic"]
+    ]
+    return grid(lines)
+
+
+def gpu_floors(page: Path, source: Path) -> str:
+    """Computed by the source itself."""
+    from gpu_floors import lines
+
+    return f"{grid(lines())}\n\nMicroseconds: floor (what bounds it) / below which our kernels cannot be."
+
+
 def picture(page: Path, source: Path) -> str:
     """The png of the same name, where there is one."""
     image = source.with_suffix(".png")
@@ -198,6 +246,9 @@ KINDS: dict[str, Callable[..., str]] = {
     "variants": variants,
     "steps": steps,
     "evaluate": evaluate,
+    "gpu_code": gpu_code,
+    "gpu_traffic": gpu_traffic,
+    "gpu_floors": gpu_floors,
 }
 
 if __name__ == "__main__":
