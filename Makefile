@@ -3,6 +3,7 @@
 # make demo     the first system whole: a BiLSTM learns from a Transformer on real sentences
 # make test     the test suite
 # make gpu-proof   GPU code without a GPU, what takes minutes: numerics through PTX, traffic, budgets, mutants
+# make gpu-check   on a machine with a GPU: the kernels tested and timed there, in ten minutes, into gpu-results/
 # make bench    the kernel benchmarks, into bench-results/
 # make docs     fill the tables of README.md and docs/ from the raw files in docs/benchmarks/
 # make lint     ruff, mypy, clang-format
@@ -40,7 +41,7 @@ NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc
 WHEEL_SOURCES = $(NATIVE_SOURCES) README.md LICENSE $(shell find kernels pydistill ! -path '*__pycache__*' ! -name '*.so')
 CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test gpu-proof bench docs lint format wheel compat clean
+.PHONY: help demo test gpu-proof gpu-check bench docs lint format wheel compat clean
 .DEFAULT_GOAL := help
 
 help:
@@ -70,6 +71,9 @@ test: $(VENV)/.installed
 
 gpu-proof: $(VENV)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m gpu_proof -ra $(TEST_ARGS)
+
+gpu-check: $(VENV)/.installed
+	$(BIN)/python tests/gpu/check.py
 
 bench: $(VENV)/.installed
 	$(BIN)/pydistill bench soft_target $(BENCH_ARGS)

@@ -37,15 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_tables(measured)
         return _finish(arguments, benchmark, line, measured)
 
-    providers = arguments.providers or benchmark.providers_here()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no GPU (torch.cuda.is_available() is false)")
+    here = benchmark.providers_here(device)
+    providers = arguments.providers or here
     for provider in providers:
-        if provider not in benchmark.providers_here():
+        if provider not in here and device.type == "cpu":
             parser.error(f"provider {provider!r} needs the compiled extension: {_dispatch.native_reason}")
+        if provider not in here:
+            parser.error(f"provider {provider!r} is not measured on a GPU; there are {', '.join(here)}")
     threads = arguments.threads or [torch.get_num_threads()]
-    line = machine.line(machine.describe())
+    line = machine.line(machine.describe(device.type))
     thp_alloc = int(os.environ.get(THP_SWITCH, "0") == "1")
-    ours = _dispatch.resolve(benchmark.LOSS, torch.device("cpu"))
-    print(f"machine: {line}\nours: {ours}; limit: {benchmark.limit_name()}", flush=True)
+    ours = _dispatch.resolve(benchmark.LOSS, device)
+    print(f"machine: {line}\nours: {ours}; limit: {benchmark.limit_name(device)}", flush=True)
     measured = []
     try:
         for group in compare.measure(
@@ -57,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             thp_alloc=thp_alloc,
             repetitions=arguments.repetitions or (3 if arguments.quick else 7),
             budget_seconds=arguments.budget if arguments.budget is not None else 3.0 if arguments.quick else 60.0,
+            device=device,
         ):
             print("\n" + rows.table(group, bold=sys.stdout.isatty()), flush=True)
             measured.extend(group)
@@ -96,6 +103,7 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
 
     add = parser.add_argument
     names = " x ".join(benchmark.SIZE_NAMES)
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: cpu); a GPU of AMD is cuda too")
     add("--sizes", type=_sizes(benchmark), metavar="SIZE,...", help=f"{names}, e.g. {benchmark.EXAMPLE_SIZE}")
     add("--dtypes", type=_names(DTYPES), default=["fp32", "bf16"], help="of " + ",".join(DTYPES))
     add("--threads", type=_integers, metavar="N,...", help="thread counts (default: what torch uses)")
@@ -126,7 +134,7 @@ def _add_options(parser: argparse.ArgumentParser, benchmark: Benchmark) -> None:
 def _finish(arguments: argparse.Namespace, benchmark: Benchmark, line: str, measured: list[Row]) -> int:
     from pydistill.bench import rows
 
-    judged = benchmark.targets(measured)
+    judged = benchmark.targets([row for row in measured if row.device == "cpu"])
     if judged:
         print("\ntargets")
         for target in judged:

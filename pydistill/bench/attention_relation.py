@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.compare import LIMITS, Errors, Result, Size, Target, Workload, check, errors, has_kernel
+from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, check, errors, has_kernel
+from pydistill.bench.gpu import on, product_limit
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
 from pydistill.losses import attention_relation
@@ -225,6 +226,8 @@ def has_bf16_dots() -> bool:
 
 def limit_call(limit: str, problem: Problem) -> Callable[[], object]:
     """The problem's arithmetic and nothing else, on all threads: multiply-adds, or exponentials."""
+    if problem.student_a.device.type != "cpu":
+        return product_limit(problem.operations(), problem.student_a.dtype, problem.student_a.device)
     native = _dispatch.native
     assert native is not None, "limits are loops of the compiled extension"
     if limit == "limit":
@@ -236,20 +239,25 @@ def limit_call(limit: str, problem: Problem) -> Callable[[], object]:
     return lambda: loop(iterations)
 
 
-def providers_here() -> list[str]:
-    """All providers that this installation can run: the limits are measured by the compiled extension."""
+def providers_here(device: torch.device = CPU) -> list[str]:
+    """All providers that this installation can run: the limits are measured by the compiled extension, or are a matrix
+    product of the GPU's library."""
+    if device.type != "cpu":
+        return [provider for provider in PROVIDERS if provider != "exponentials"]
     return [provider for provider in PROVIDERS if _dispatch.native is not None or provider not in LIMITS]
 
 
-def limit_name() -> str:
+def limit_name(device: torch.device = CPU) -> str:
+    if device.type != "cpu":
+        return "a matrix product by PyTorch of as many operations"
     if _dispatch.native is None:
         return "not measured without the compiled extension"
     return "fused multiply-adds" + (", bf16 scores at twice their rate" if has_bf16_dots() else "")
 
 
-def too_large(provider: str, size: Size, dtype: torch.dtype) -> bool:
+def too_large(provider: str, size: Size, dtype: torch.dtype, device: torch.device = CPU) -> bool:
     """Whether a provider that keeps N x N matrices would need more than MEMORY_LIMIT."""
-    if not has_kernel(LOSS) and provider.startswith("ours"):
+    if not has_kernel(LOSS, device) and provider.startswith("ours"):
         provider = "eager"
     batch, heads, positions = size[:3]
     return MATRICES.get(provider, 0) * batch * heads * positions**2 * dtype.itemsize > MEMORY_LIMIT
@@ -299,10 +307,12 @@ def cases(sizes: Sequence[Size] | None, names: Sequence[str], *, quick: bool) ->
     return [(size, chosen) for size, chosen in found if chosen]
 
 
-def workloads(size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str]) -> list[Workload]:
+def workloads(
+    size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str], device: torch.device = CPU
+) -> list[Workload]:
     """The named workloads of one size. Providers that would need too much memory are left out, with a line on
     stderr."""
-    large = [provider for provider in providers if too_large(provider, size, dtype)]
+    large = [provider for provider in providers if too_large(provider, size, dtype, device)]
     if large:
         print(
             f"{LOSS} {'x'.join(map(str, size))} {dtype}: without {', '.join(large)}, which would need more than "
@@ -312,7 +322,7 @@ def workloads(size: Size, dtype: torch.dtype, names: Sequence[str], providers: S
     compiled = compiled_loss() if "compile" in providers else plain_loss
     found = []
     for name in names:
-        problem = Problem.random(size, dtype, name)
+        problem = on(Problem.random(size, dtype, name), device)
         chosen = [
             provider
             for provider in providers

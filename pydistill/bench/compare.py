@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.measure import Timing, Variant, extra_peak_mib, interleave
+from pydistill.bench.gpu import CudaMeter
+from pydistill.bench.measure import CpuMeter, Meter, Timing, Variant, interleave
 from pydistill.bench.rows import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Providers that compute nothing, but take as long as the machine must: for bytes or multiply-adds, and for
 # exponentials.
 LIMITS = ("limit", "exponentials")
+CPU = torch.device("cpu")
 
 Size = tuple[int, ...]
 Result = tuple[Tensor, tuple[Tensor, ...]]  # value, gradients
@@ -70,14 +72,14 @@ class Benchmark(Protocol):
         """The sizes to measure, each with its workloads; None is those of the documentation."""
 
     def workloads(
-        self, size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str]
+        self, size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str], device: torch.device = CPU
     ) -> list[Workload]:
         """The named workloads of one size; raises GateError."""
 
-    def providers_here(self) -> list[str]:
+    def providers_here(self, device: torch.device = CPU) -> list[str]:
         """All providers that this installation can run."""
 
-    def limit_name(self) -> str:
+    def limit_name(self, device: torch.device = CPU) -> str:
         """What the limit is on this machine, in words."""
 
     def targets(self, rows: Sequence[Row]) -> list[Target]:
@@ -109,9 +111,9 @@ def check(what: str, found: Errors, reference: Errors) -> None:
         )
 
 
-def has_kernel(loss: str) -> bool:
-    """Whether ours is a compiled kernel here, or the eager reference."""
-    return _dispatch.resolve(loss, torch.device("cpu")) != "reference"
+def has_kernel(loss: str, device: torch.device = CPU) -> bool:
+    """Whether ours is a kernel here, or the eager reference."""
+    return _dispatch.resolve(loss, device) != "reference"
 
 
 def measure(
@@ -124,20 +126,22 @@ def measure(
     thp_alloc: int,
     repetitions: int,
     budget_seconds: float,
+    device: torch.device = CPU,
 ) -> Iterator[list[Row]]:
     """Rows of one workload after the other; those of one (size, dtype, thread count) take turns."""
     before = torch.get_num_threads()
+    meter: Meter = CpuMeter() if device.type == "cpu" else CudaMeter()
     try:
         for count in threads:
             torch.set_num_threads(count)
             for dtype in dtypes:
                 for size, names in cases:
-                    workloads = benchmark.workloads(size, DTYPES[dtype], names, providers)
+                    workloads = benchmark.workloads(size, DTYPES[dtype], names, providers, device)
                     variants = {
                         str(id(variant)): variant for workload in workloads for variant in workload.variants.values()
                     }
-                    timings = interleave(variants, repetitions=repetitions, budget_seconds=budget_seconds)
-                    memory = {key: extra_peak_mib(variant) for key, variant in variants.items()}
+                    timings = interleave(variants, repetitions=repetitions, budget_seconds=budget_seconds, meter=meter)
+                    memory = {key: meter.extra_peak_mib(variant) for key, variant in variants.items()}
                     for workload in workloads:
                         key = {provider: str(id(variant)) for provider, variant in workload.variants.items()}
                         yield [
@@ -150,6 +154,7 @@ def measure(
                                 dtype=dtype,
                                 threads=count,
                                 thp_alloc=thp_alloc,
+                                device=device.type,
                             )
                             for provider in workload.variants
                         ]
@@ -167,6 +172,7 @@ def _row(
     dtype: str,
     threads: int,
     thp_alloc: int,
+    device: str,
 ) -> Row:
     timing, found = timings[provider], workload.errors.get(provider)
 
@@ -208,6 +214,7 @@ def _row(
         percent_of_exponentials=percent_of("exponentials"),
         vs_eager=times_faster("eager"),
         vs_compile=times_faster("compile"),
+        device=device,
     )
 
 

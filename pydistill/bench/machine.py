@@ -12,11 +12,13 @@ import torch
 
 import pydistill
 from pydistill import _dispatch
+from pydistill.bench import gpu
 
 
-def describe() -> dict[str, str]:
-    """CPU, cores, versions, commit, page and instruction-set settings, as short strings in a fixed order."""
+def describe(device: str = "cpu") -> dict[str, str]:
+    """GPU, CPU, cores, versions, commit, page and instruction-set settings, as short strings in a fixed order."""
     return {
+        **(gpu.describe() if device == "cuda" else {}),
         "cpu": cpu_model(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "isa": _dispatch.native.isa() if _dispatch.native is not None else "none",

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 # One kernel tick (10 ms) of rounding on either side of /proc/stat's counters must not disqualify a short
 # sample.
@@ -86,6 +87,33 @@ def is_disturbed(foreign_seconds: float, wall_seconds: float, cores: int, tolera
     return foreign_seconds > tolerance * cores * wall_seconds + TICK_SECONDS
 
 
+class Meter(Protocol):
+    """How a device is timed, and its memory watched."""
+
+    def seconds(self, variant: Variant) -> float:
+        """Of one call, without what prepares it."""
+
+    def extra_peak_mib(self, variant: Variant) -> float | None:
+        """Memory in MiB at the worst moment of one call, its result included, beyond what was there before."""
+
+    def foreign_seconds(self) -> float | None:
+        """CPU seconds that other processes have used so far, where that disturbs what is measured."""
+
+
+class CpuMeter:
+    """Wall time and resident memory of this process."""
+
+    def seconds(self, variant: Variant) -> float:
+        return variant.run()
+
+    def extra_peak_mib(self, variant: Variant) -> float | None:
+        return extra_peak_mib(variant)
+
+    def foreign_seconds(self) -> float | None:
+        machine = cpu_seconds_of_machine()
+        return None if machine is None else machine - time.process_time()
+
+
 def interleave(
     variants: Mapping[str, Variant],
     *,
@@ -93,6 +121,7 @@ def interleave(
     budget_seconds: float,
     sample_seconds: float = 0.12,
     tolerance: float = 0.08,
+    meter: Meter | None = None,
 ) -> dict[str, Timing]:
     """Times every variant in turn, round after round.
 
@@ -100,12 +129,13 @@ def interleave(
     end when every variant has `repetitions` clean samples, or, once each has at least three samples, when the
     budget is spent.
     """
+    meter = meter or CpuMeter()
     calls: dict[str, int] = {}
     for name, variant in variants.items():
-        variant.run()  # compiles, faults pages in
-        seconds = variant.run()
+        meter.seconds(variant)  # compiles, faults pages in
+        seconds = meter.seconds(variant)
         if seconds < sample_seconds:
-            seconds = min(variant.run() for _ in range(3))
+            seconds = min(meter.seconds(variant) for _ in range(3))
         calls[name] = max(1, round(sample_seconds / max(seconds, 1e-6)))
     timings = {name: Timing() for name in variants}
     names = list(variants)
@@ -118,11 +148,10 @@ def interleave(
         if enough or spent:
             return timings
         for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
-            machine, own, wall = cpu_seconds_of_machine(), time.process_time(), time.perf_counter()
-            seconds = sum(variants[name].run() for _ in range(calls[name]))
-            wall, own = time.perf_counter() - wall, time.process_time() - own
-            after = cpu_seconds_of_machine()
-            foreign = 0.0 if machine is None or after is None else after - machine - own
+            before, wall = meter.foreign_seconds(), time.perf_counter()
+            seconds = sum(meter.seconds(variants[name]) for _ in range(calls[name]))
+            after, wall = meter.foreign_seconds(), time.perf_counter() - wall
+            foreign = 0.0 if before is None or after is None else after - before
             timing = timings[name]
             disturbed = is_disturbed(foreign, wall, cores, tolerance)
             (timing.disturbed if disturbed else timing.clean).append(seconds / calls[name] * 1e3)

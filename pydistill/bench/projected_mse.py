@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.compare import LIMITS, Errors, Result, Size, Target, Workload, check, errors
+from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, check, errors
+from pydistill.bench.gpu import on, product_limit
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
 from pydistill.losses import projected_mse
@@ -135,6 +136,8 @@ def has_bf16_dots() -> bool:
 
 def limit_call(problem: Problem) -> Callable[[], object]:
     """The problem's multiply-adds and nothing else, on all threads."""
+    if problem.student.device.type != "cpu":
+        return product_limit(problem.operations(), problem.student.dtype, problem.student.device)
     native = _dispatch.native
     assert native is not None, "limits are loops of the compiled extension"
     amount = problem.operations(pairs_of_bf16=problem.student.dtype == torch.bfloat16 and has_bf16_dots())
@@ -142,12 +145,17 @@ def limit_call(problem: Problem) -> Callable[[], object]:
     return lambda: native.multiply_add(iterations)
 
 
-def providers_here() -> list[str]:
-    """All providers that this installation can run: the limit is measured by the compiled extension."""
+def providers_here(device: torch.device = CPU) -> list[str]:
+    """All providers that this installation can run: the limit is measured by the compiled extension, or is a matrix
+    product of the GPU's library."""
+    if device.type != "cpu":
+        return list(PROVIDERS)
     return [provider for provider in PROVIDERS if _dispatch.native is not None or provider not in LIMITS]
 
 
-def limit_name() -> str:
+def limit_name(device: torch.device = CPU) -> str:
+    if device.type != "cpu":
+        return "a matrix product by PyTorch of as many operations"
     if _dispatch.native is None:
         return "not measured without the compiled extension"
     return "fused multiply-adds" + (", projections of bf16 at twice their rate" if has_bf16_dots() else "")
@@ -186,12 +194,14 @@ def cases(sizes: Sequence[Size] | None, names: Sequence[str], *, quick: bool) ->
     return [(size, list(names)) for size in SIZES] + more
 
 
-def workloads(size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str]) -> list[Workload]:
+def workloads(
+    size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str], device: torch.device = CPU
+) -> list[Workload]:
     """The named workloads of one size."""
     compiled = compiled_loss() if "compile" in providers else plain_loss
     found = []
     for name in names:
-        problem = Problem.random(size, dtype, name)
+        problem = on(Problem.random(size, dtype, name), device)
         measured = gate(problem, providers, compiled)
         variants = {
             provider: Variant(limit_call(problem) if provider in LIMITS else provider_call(provider, problem, compiled))

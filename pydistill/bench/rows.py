@@ -41,11 +41,17 @@ class Row:
     gigaflop: float | None = None
     gflop_per_s: float | None = None
     percent_of_exponentials: float | None = None
+    device: str = "cpu"
 
     @property
-    def problem(self) -> tuple[str, str, str, str, int, int]:
+    def problem(self) -> tuple[str, str, str, str, int, int, str]:
         """Everything but the provider: rows with the same problem can be compared."""
-        return self.loss, self.workload, self.shape, self.dtype, self.threads, self.thp_alloc
+        return self.loss, self.workload, self.shape, self.dtype, self.threads, self.thp_alloc, self.device
+
+    @property
+    def place(self) -> str:
+        """Where it was computed."""
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''}" if self.device == "cpu" else self.device
 
 
 def write_csv(path: Path, machine: str, rows: Iterable[Row]) -> None:
@@ -74,7 +80,7 @@ def _parsed(record: dict[str, str]) -> Row:
     for field in fields(Row):
         text = record.get(field.name, "")  # older files lack the later columns
         if field.type == "str":
-            values[field.name] = text
+            values[field.name] = text or "cpu" if field.name == "device" else text
         elif field.type == "int":
             values[field.name] = int(text)
         else:
@@ -130,9 +136,8 @@ def _optional(value: float | None, form: str) -> str:
 def heading(row: Row) -> str:
     """One line that names the problem."""
     work = f"{row.megabytes or 0:.1f} MB to move" if row.gigaflop is None else f"{row.gigaflop:.3g} GFLOP"
-    return (
-        f"{row.loss} {row.workload}, {row.dtype} ({row.shape.replace('x', ', ')}), {row.threads} "
-        f"thread{'s' if row.threads > 1 else ''}, {work}" + (", THP_MEM_ALLOC_ENABLE=1" if row.thp_alloc else "")
+    return f"{row.loss} {row.workload}, {row.dtype} ({row.shape.replace('x', ', ')}), {row.place}, {work}" + (
+        ", THP_MEM_ALLOC_ENABLE=1" if row.thp_alloc else ""
     )
 
 
@@ -197,7 +202,7 @@ def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
 
     panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        panels.setdefault((row.loss, row.workload, row.dtype, row.threads, row.thp_alloc), []).append(row)
+        panels.setdefault((row.loss, row.workload, row.dtype, row.place, row.thp_alloc), []).append(row)
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(6.4 * columns, 3.4 * lines + 0.4), layout="constrained")
@@ -221,7 +226,7 @@ def plot(path: Path, machine: str, rows: Sequence[Row]) -> None:
             labels = [_significant(value) for value in times]
             axes.bar_label(bars, labels=labels, fontsize=4.5 if crowded else 6, padding=1)
         first = members[0]
-        title = f"{first.workload}, {first.dtype}, {first.threads} thread{'s' if first.threads > 1 else ''}"
+        title = f"{first.workload}, {first.dtype}, {first.place}"
         axes.set_title(title + (", THP_MEM_ALLOC_ENABLE=1" if first.thp_alloc else ""), fontsize=9)
         axes.set_yscale("log")
         axes.set_ylabel("ms, forward + backward", fontsize=8)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.compare import Errors, Result, Size, Target, Workload, check, errors, has_kernel
+from pydistill.bench.compare import CPU, Errors, Result, Size, Target, Workload, check, errors, has_kernel
+from pydistill.bench.gpu import on
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
 from pydistill.losses import soft_target
@@ -123,7 +124,7 @@ def provider_call(
         value.backward()
         return value.detach(), (holder["gradient"],)
 
-    seed = torch.zeros((), requires_grad=True)
+    seed = torch.zeros((), device=student.device, requires_grad=True)
     calls: Mapping[str, Callable[[], Result]] = {
         "eager": lambda: from_leaf(lambda: plain_loss(student, teacher, labels, hard_weight)),
         "compile": lambda: from_leaf(lambda: compiled(student, teacher, labels, hard_weight)),
@@ -149,23 +150,24 @@ def _restore(problem: Problem) -> None:
 
 
 def stream_limit(problem: Problem) -> Callable[[], object]:
-    """Two reads and one non-temporal write over the problem's own tensors, or torch.add without native
-    code."""
+    """Two reads and one non-temporal write over the problem's own tensors; torch.add without native code and on a
+    GPU."""
     student, teacher, buffer = problem.student.detach(), problem.teacher, problem.buffer
     native = _dispatch.native
-    if native is None:
+    if native is None or student.device.type != "cpu":
         return lambda: torch.add(student, teacher, out=buffer)
     floats = student.numel() * student.element_size() // 4
     return lambda: native.stream(student.data_ptr(), teacher.data_ptr(), buffer.data_ptr(), floats)
 
 
-def providers_here() -> list[str]:
+def providers_here(device: torch.device = CPU) -> list[str]:
     """All providers that this installation can run: in place needs a compiled kernel."""
-    return [provider for provider in PROVIDERS if has_kernel(LOSS) or provider != "ours in place"]
+    return [provider for provider in PROVIDERS if has_kernel(LOSS, device) or provider != "ours in place"]
 
 
-def limit_name() -> str:
-    return "2 reads + 1 write, non-temporal" if _dispatch.native is not None else "torch.add(out=)"
+def limit_name(device: torch.device = CPU) -> str:
+    streams = _dispatch.native is not None and device.type == "cpu"
+    return "2 reads + 1 write, non-temporal" if streams else "torch.add(out=)"
 
 
 def gate(
@@ -197,11 +199,13 @@ def cases(sizes: Sequence[Size] | None, names: Sequence[str], *, quick: bool) ->
     return [(size, list(names)) for size in sizes or (QUICK_SIZES if quick else SIZES)]
 
 
-def workloads(size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str]) -> list[Workload]:
+def workloads(
+    size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str], device: torch.device = CPU
+) -> list[Workload]:
     """The named workloads over the same logits; they share the limit."""
     rows, classes = size
     compiled = compiled_loss() if "compile" in providers else plain_loss
-    problem = Problem.random(rows, classes, dtype)
+    problem = on(Problem.random(rows, classes, dtype), device)
     found = {name: gate(problem, HARD_WEIGHT[name], providers, compiled) for name in names}
     limit = variant("limit", problem, 0.0, compiled)
     return [
