@@ -15,6 +15,7 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "projected_mse_problem.h"
 #include "tensors.h"
 
 namespace pyd {
@@ -22,10 +23,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Tensor with_unit_stride(const Tensor& t) {
-  return t.size(1) > 1 && t.stride(1) != 1 ? torch::stable::contiguous(t) : t;
-}
 
 Matrix matrix_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.size(1), t.stride(0)}; }
 
@@ -59,53 +56,25 @@ double run(const ProjectedMseJob& job, double factor, void* grad_projection, voi
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
-    Tensor student_, Tensor teacher_, Tensor projection_, std::optional<Tensor> bias_, std::optional<Tensor> mask,
+    Tensor student_, Tensor teacher_, Tensor projection_, std::optional<Tensor> bias, std::optional<Tensor> mask,
     std::optional<Tensor> num_items, std::optional<Tensor> row_weights, bool up, bool normalize, std::string method,
     std::string reduction, bool with_student, bool with_projection, bool with_bias) {
-  for (const Tensor* t : {&student_, &teacher_, &projection_})
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(1) > 0,
-                    "projected_mse: student, teacher and projection must be matrices with at least one column, got ",
-                    shape(*t));
-  STD_TORCH_CHECK(student_.size(0) == teacher_.size(0) && student_.scalar_type() == teacher_.scalar_type(),
-                  "projected_mse: student and teacher must have one dtype and as many rows, got ", shape(student_),
-                  " vs ", shape(teacher_));
-  const Tensor &from = up ? student_ : teacher_, &to = up ? teacher_ : student_;
-  STD_TORCH_CHECK(projection_.size(0) == from.size(1) && projection_.size(1) == to.size(1),
-                  "projected_mse: projection must be [", from.size(1), ", ", to.size(1), "], got ", shape(projection_));
-  STD_TORCH_CHECK(projection_.scalar_type() == student_.scalar_type() ||
-                      (projection_.scalar_type() == ScalarType::Float && student_.scalar_type() != ScalarType::Double),
-                  "projected_mse: projection must have the dtype of the rows, or fp32 where they are narrower");
-  STD_TORCH_CHECK(!bias_ || (bias_->dim() == 1 && bias_->size(0) == to.size(1) &&
-                             bias_->scalar_type() == projection_.scalar_type()),
-                  "projected_mse: bias must be [", to.size(1), "] in the dtype of the projection, got ",
-                  bias_ ? shape(*bias_) : "");
-  STD_TORCH_CHECK(!with_bias || bias_, "projected_mse: a gradient of the bias needs a bias");
-  STD_TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
-                  "projected_mse: unknown reduction '", reduction, "'");
-
-  STD_TORCH_CHECK(method == "direct" || method == "gram", "projected_mse: unknown method '", method, "'");
-  STD_TORCH_CHECK(method == "direct" || (up && !normalize && reduction != "none"),
-                  "projected_mse: method 'gram' goes up, does not normalize, and has no value for each row");
-
-  const Tensor student = with_unit_stride(student_), teacher = with_unit_stride(teacher_);
-  const Tensor projection = torch::stable::contiguous(projection_);
+  const ProjectedMseProblem p = projected_mse_problem(
+      student_, teacher_, projection_, {bias, mask, row_weights, up, normalize, method, reduction, with_bias});
+  const Tensor& student = p.student;
   const int64_t rows = student.size(0);
   ProjectedMseJob job{};
-  job.dtype = dtype_of("projected_mse", student);
-  job.projection_dtype = dtype_of("projected_mse", projection);
-  job.source = matrix_of(up ? student : teacher);
-  job.target = matrix_of(up ? teacher : student);
-  job.projection = projection.const_data_ptr();
+  job.dtype = p.dtype;
+  job.projection_dtype = p.projection_dtype;
+  job.source = matrix_of(p.source());
+  job.target = matrix_of(p.target());
+  job.projection = p.projection.const_data_ptr();
   job.gram = method == "gram";
   job.normalize = normalize;
   job.grad_projection = with_projection;
   job.grad_bias = with_bias;
   job.count = rows;
-  Tensor bias;
-  if (bias_) {
-    bias = torch::stable::contiguous(*bias_);
-    job.bias = bias.const_data_ptr();
-  }
+  if (p.bias) job.bias = p.bias->const_data_ptr();
 
   const auto loss_dtype = std::optional<ScalarType>(job.dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
   const auto fresh = [&](bool wanted, std::vector<int64_t> sizes, std::optional<ScalarType> dtype) {
@@ -119,11 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
 
   // The rows that count; the others get a gradient of zero and are not looked at.
   std::vector<int64_t> valid;
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == rows,
-                    "projected_mse: mask must be bool, one per row, got ", shape(*mask));
-    const Tensor masks = torch::stable::contiguous(*mask);
-    const bool* valid_row = static_cast<const bool*>(masks.const_data_ptr());
+  if (p.mask) {
+    const bool* valid_row = static_cast<const bool*>(p.mask->const_data_ptr());
     const int64_t bytes = student.size(1) * static_cast<int64_t>(student.element_size());
     for (int64_t r = 0; r < rows; ++r) {
       if (valid_row[r])
@@ -135,22 +101,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
     job.count = static_cast<int64_t>(valid.size());
   }
 
-  const bool by_row = reduction == "none";
-  Tensor loss = by_row ? torch::stable::new_zeros(student, {rows}, loss_dtype)
-                       : torch::stable::new_empty(student, {}, loss_dtype);
-  Tensor weights;
-  if (by_row) {
-    job.row_loss = loss.mutable_data_ptr();
-    if (row_weights) {
-      STD_TORCH_CHECK(row_weights->numel() == rows && row_weights->scalar_type() == *loss_dtype,
-                      "projected_mse: row_weights must be one per row in the dtype of the loss, got ",
-                      shape(*row_weights));
-      weights = torch::stable::contiguous(*row_weights);
-      job.row_weights = weights.const_data_ptr();
-    }
-  }
+  Tensor loss = p.by_row ? torch::stable::new_zeros(student, {rows}, loss_dtype)
+                         : torch::stable::new_empty(student, {}, loss_dtype);
+  if (p.by_row) job.row_loss = loss.mutable_data_ptr();
+  if (p.row_weights) job.row_weights = p.row_weights->const_data_ptr();
   const double features = static_cast<double>(job.target.size);
-  double denominator = by_row ? features : 1;
+  double denominator = p.by_row ? features : 1;
   if (reduction == "mean")
     denominator = features * (num_items ? scalar_of(*num_items) : static_cast<double>(std::max<int64_t>(job.count, 1)));
   // fp16 has no room below for a gradient divided by many rows: that factor is left to backward (see soft_target).
@@ -165,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
     else
       *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(x);
   };
-  if (!by_row) write(loss, squares / denominator);
+  if (!p.by_row) write(loss, squares / denominator);
   Tensor gradient_scale = torch::stable::new_empty(student, {}, loss_dtype);
   write(gradient_scale, later);
   return {loss, grad_student, grad_projection, grad_bias, gradient_scale};

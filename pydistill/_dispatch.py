@@ -49,7 +49,7 @@ native, native_reason = _load_native()
 
 LOSSES = ("soft_target", "attention_relation", "projected_mse")
 # Losses with kernels in csrc/cuda.
-CUDA_LOSSES = ("soft_target", "attention_relation")
+CUDA_LOSSES = ("soft_target", "attention_relation", "projected_mse")
 # Ops with Triton kernels, and the module of pydistill.kernels that has each.
 TRITON_OPS = {
     "soft_target": "soft_target",

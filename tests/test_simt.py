@@ -65,8 +65,14 @@ PLANTED_RELATION = {
     "two_turns_of_ids": ("step_of(start) % 3", "step_of(start) % 2", "attention_relation.cuh"),
     "chunk_overwritten": ("columns);\n      __syncthreads();", "columns);", "attention_relation.cuh", "thread"),
     "warp_barrier_of_store": ("  __syncwarp();\n  constexpr", "  constexpr", "attention_relation.cuh", "thread"),
-    "rest_left_out": ("multiply_add<S>(c[m], rest, b[0], b[1]);", "", "matrix.cuh"),
-    "not_transposed": ("load_matrices<true>(b", "load_matrices<false>(b", "matrix.cuh"),
+    "rest_left_out": (
+        "from_y + n * 8 * pitch_y + m * 8);\n        multiply_add<S>(c[m], rest, b[0], b[1]);",
+        "from_y + n * 8 * pitch_y + m * 8);",
+        "matrix.cuh",
+    ),
+    "not_transposed": (
+        "load_matrices<true>(b, from_y + n * 8 *", "load_matrices<false>(b, from_y + n * 8 *", "matrix.cuh"
+    ),
     "difference_not_moved": (
         "(difference + (teacher > 0 ? teacher * moved : 0.0f))", "difference", "attention_relation.cuh"
     ),
@@ -82,10 +88,39 @@ PLANTED |= {
     name: Planted(file, line, replacement, *(flavour or ["plain"]), "attention_relation")
     for name, (line, replacement, file, *flavour) in PLANTED_RELATION.items()
 }
+# The same of projected_mse.
+PLANTED_PROJECTION = {
+    "source_before_barrier": (
+        "      __syncthreads();\n      if (!source_there", "      if (!source_there", "projected_mse.cuh", "thread"
+    ),
+    "copies_of_tiles_not_waited_for": (
+        "fetch_target(first_column);\n      wait_for_copies();", "fetch_target(first_column);", "projected_mse.cuh"
+    ),
+    "differences_before_barrier": (
+        "    __syncthreads();\n    if (!a.with_projection) continue;",
+        "    if (!a.with_projection) continue;",
+        "projected_mse.cuh",
+        "thread",
+    ),
+    "invalid_rows_fetched": ("(valid == nullptr || valid[r] != 0)", "true", "projected_mse.cuh"),
+    "columns_not_counted": ("columns - column - c))", "width))", "projected_mse.cuh", "address"),
+    "bias_twice": ("if (counts && a.bias != nullptr)", "if (a.bias != nullptr)", "projected_mse.cuh"),
+    "not_transposed_left": ("load_matrices<true>(a,", "load_matrices<false>(a,", "matrix.cuh"),
+    "rest_of_difference_left_out": ("narrow(of_y - widen(*to), to[", "narrow(0.0f, to[", "projected_mse.cuh"),
+    "one_warp_of_bias": ("w < projected_threads / warp_size", "w < 1", "projected_mse.cuh"),
+    "last_share_left_out": ("s < a.shares; ++s", "s < a.shares - 1; ++s", "projected_mse.cuh"),
+    "tile_of_source_gone": ("fetch_source(tile, part);", "fetch_source(tile, 0);", "projected_mse.cuh"),
+    "gradient_beyond": ("row + r >= rows || count <= 0", "count <= 0", "projected_mse.cuh", "address"),
+}  # fmt: skip
+PLANTED |= {
+    name: Planted(file, line, replacement, *(flavour or ["plain"]), "projected_mse")
+    for name, (line, replacement, file, *flavour) in PLANTED_PROJECTION.items()
+}
 # The sanitizers need one type, and so do compilers in a hurry.
 OTHER_TYPES = {
     "soft_target": r"launch_divergence<__\w+>\(p, a, stream\)",
     "attention_relation": r"launcher\.all<(float|__half)>\(\)",
+    "projected_mse": r"launch_all<float, \w+, \w+>\(p, w, stream\)",
 }
 
 
@@ -177,7 +212,7 @@ def test_harness_reports_what_a_gpu_leaves_undefined(build: Build) -> None:
 
 # Long sequences take minutes where they are in half precision.
 SELECTED = {"attention_relation": "not ((equality_is_zero or several_sweeps) and (bf16 or fp16))"}
-FEWEST = {"soft_target": 350, "attention_relation": 180}
+FEWEST = {"soft_target": 350, "attention_relation": 180, "projected_mse": 130}
 
 
 # In one of the orders nothing fits into shared memory.
@@ -188,6 +223,7 @@ FEWEST = {"soft_target": 350, "attention_relation": 180}
         ("soft_target", "reverse", 2048),
         ("soft_target", "random", 232448),
         ("attention_relation", "random", 232448),
+        ("projected_mse", "reverse", 232448),
     ],
 )
 def test_numerics(build: Build, loss: str, order: str, shared: int) -> None:

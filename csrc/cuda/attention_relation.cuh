@@ -396,10 +396,10 @@ struct RelationOthers {
       return;
     }
     const int warp = static_cast<int>(threadIdx.x) / warp_size * 16, by = turn_of(start) * layout.turn;
-    add_product<S>(s, tile(layout.own_student) + warp * layout.student_pitch, layout.student_pitch,
-                   tile(layout.other_student + by), layout.student_pitch, padded(p.task->student.own.size));
-    add_product<S>(t, tile(layout.own_teacher) + warp * layout.teacher_pitch, layout.teacher_pitch,
-                   tile(layout.other_teacher + by), layout.teacher_pitch, padded(p.task->teacher.own.size));
+    add_product_nt<S>(s, tile(layout.own_student) + warp * layout.student_pitch, layout.student_pitch,
+                      tile(layout.other_student + by), layout.student_pitch, padded(p.task->student.own.size));
+    add_product_nt<S>(t, tile(layout.own_teacher) + warp * layout.teacher_pitch, layout.teacher_pitch,
+                      tile(layout.other_teacher + by), layout.teacher_pitch, padded(p.task->teacher.own.size));
   }
 
   __device__ __forceinline__ void side_in_chunks(const RelationSideView& side, int start, int own, int other, int pitch,
@@ -412,7 +412,7 @@ struct RelationOthers {
       fetch<S>(tile(other), pitch, side.other, p, ids(start), start, other_tokens, first, columns);
       wait_for_copies();
       __syncthreads();
-      add_product<S>(c, tile(own) + warp * pitch, pitch, tile(other), pitch, columns);
+      add_product_nt<S>(c, tile(own) + warp * pitch, pitch, tile(other), pitch, columns);
       __syncthreads();
     }
   }
@@ -674,7 +674,7 @@ __global__ void __launch_bounds__(relation_threads, 3) relation_gradients(const 
       __syncthreads();
       y = part;
     }
-    add_product<S>(total, s, y, layout.student_pitch, spread);
+    add_product_nn<S>(total, s, y, layout.student_pitch, spread);
   }
 
   // By way of shared memory, where a warp's rows are its own, to whole vectors.

@@ -103,8 +103,8 @@ __host__ __device__ constexpr int pitch_of(int columns) {
 
 // c += x y^T for the warp's 16 rows of x [16, depth] and y [8 n, depth]; depth a multiple of 16, n even.
 template <class S, int N>
-__device__ __forceinline__ void add_product(float (&c)[N][4], const S* x, int pitch_x, const S* y, int pitch_y,
-                                            int depth) {
+__device__ __forceinline__ void add_product_nt(float (&c)[N][4], const S* x, int pitch_x, const S* y, int pitch_y,
+                                               int depth) {
   const int lane = threadIdx.x % warp_size;
   if constexpr (sizeof(S) == 2) {
     const S* const from_x = x + lane % 16 * pitch_x + lane / 16 * 8;
@@ -141,23 +141,111 @@ __device__ __forceinline__ void add_product(float (&c)[N][4], const S* x, int pi
   }
 }
 
-// Shared memory of a warp for the next function; none where registers suffice.
+// c += (upper, lower)^T y for one row of y, of which a lane has its columns.
+template <int N>
+__device__ __forceinline__ void add_outer_product(float (&c)[N][4], float upper, float lower, const float* y) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const Vector<float, 2> other = load<2>(y + n * 8);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      c[n][e] = fmaf(upper, other.lanes[e], c[n][e]);
+      c[n][2 + e] = fmaf(lower, other.lanes[e], c[n][2 + e]);
+    }
+  }
+}
+
+// c += x y for the warp's 16 rows of x [16, depth] and y [depth, 8 n]; depth a multiple of 16, n even.
+template <class S, int N>
+__device__ __forceinline__ void add_product_nn(float (&c)[N][4], const S* x, int pitch_x, const S* y, int pitch_y,
+                                               int depth) {
+  const int lane = threadIdx.x % warp_size;
+  if constexpr (sizeof(S) == 2) {
+    const S* const from_x = x + lane % 16 * pitch_x + lane / 16 * 8;
+    const S* const from_y = y + lane % 16 * pitch_y + lane / 16 * 8;
+    for (int k = 0; k < depth; k += 16) {
+      unsigned a[4];
+      load_matrices<false>(a, from_x + k);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        unsigned b[4];
+        load_matrices<true>(b, from_y + k * pitch_y + n * 8);
+        multiply_add<S>(c[n], a, b[0], b[1]);
+        multiply_add<S>(c[n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    const float* const from_x = x + lane / 4 * pitch_x;
+    const float* const from_y = y + lane % 4 * 2;
+    for (int k = 0; k < depth; ++k) add_outer_product(c, from_x[k], from_x[8 * pitch_x + k], from_y + k * pitch_y);
+  }
+}
+
+// c += x^T y for 16 columns of x [depth, 16] and y [depth, 8 n]; depth a multiple of 16, n even.
+template <class S, int N>
+__device__ __forceinline__ void add_product_tn(float (&c)[N][4], const S* x, int pitch_x, const S* y, int pitch_y,
+                                               int depth) {
+  const int lane = threadIdx.x % warp_size;
+  if constexpr (sizeof(S) == 2) {
+    const S* const from_x = x + (lane / 16 * 8 + lane % 8) * pitch_x + lane / 8 % 2 * 8;
+    const S* const from_y = y + lane % 16 * pitch_y + lane / 16 * 8;
+    for (int k = 0; k < depth; k += 16) {
+      unsigned a[4];
+      load_matrices<true>(a, from_x + k * pitch_x);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        unsigned b[4];
+        load_matrices<true>(b, from_y + k * pitch_y + n * 8);
+        multiply_add<S>(c[n], a, b[0], b[1]);
+        multiply_add<S>(c[n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    const float* const from_x = x + lane / 4;
+    const float* const from_y = y + lane % 4 * 2;
+    for (int k = 0; k < depth; ++k)
+      add_outer_product(c, from_x[k * pitch_x], from_x[k * pitch_x + 8], from_y + k * pitch_y);
+  }
+}
+
+// Shared memory of a warp for the next functions; none where registers suffice.
 template <class S, int N>
 constexpr int spread_bytes = sizeof(S) == 2 ? 0 : 16 * pitch_of<float>(8 * N) * static_cast<int>(sizeof(float));
+
+// g [16, 8 n] as the left operand, as the sum of two numbers in half precision.
+template <class S, int N>
+__device__ __forceinline__ void split_tiles(const float (&g)[N][4], int n, unsigned (&leading)[4],
+                                            unsigned (&rest)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split<S>(g[n + i / 2][i % 2 * 2], g[n + i / 2][i % 2 * 2 + 1], leading[i], rest[i]);
+}
+
+// Whole rows of g, of which a lane has a part, for the lanes of its warp.
+template <int N>
+__device__ __forceinline__ void spread_rows(const float (&g)[N][4], float* spread) {
+  constexpr int pitch = pitch_of<float>(8 * N);
+  const int lane = threadIdx.x % warp_size, row = lane / 4, column = lane % 4 * 2;
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) spread[(row + i / 2 * 8) * pitch + n * 8 + column + i % 2] = g[n][i];
+  }
+  __syncwarp();
+}
 
 // c += g y for the warp's own g [16, 8 n] and y [8 n, 8 m] in shared memory; n and m even. In half precision g enters
 // as the sum of two numbers.
 template <class S, int N, int M>
-__device__ __forceinline__ void add_product(float (&c)[M][4], const float (&g)[N][4], const S* y, int pitch_y,
-                                            float* spread) {
+__device__ __forceinline__ void add_product_nn(float (&c)[M][4], const float (&g)[N][4], const S* y, int pitch_y,
+                                               float* spread) {
   const int lane = threadIdx.x % warp_size;
   if constexpr (sizeof(S) == 2) {
     const S* const from_y = y + lane % 16 * pitch_y + lane / 16 * 8;
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       unsigned leading[4], rest[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) split<S>(g[n + i / 2][i % 2 * 2], g[n + i / 2][i % 2 * 2 + 1], leading[i], rest[i]);
+      split_tiles<S>(g, n, leading, rest);
 #pragma unroll
       for (int m = 0; m < M; m += 2) {
         unsigned b[4];
@@ -169,28 +257,38 @@ __device__ __forceinline__ void add_product(float (&c)[M][4], const float (&g)[N
       }
     }
   } else {
-    // A lane needs whole rows of g, of which it has a part.
     constexpr int pitch = pitch_of<float>(8 * N);
-    const int row = lane / 4, column = lane % 4 * 2;
-    __syncwarp();
+    spread_rows(g, spread);
+    const float* const row = spread + lane / 4 * pitch;
+    for (int k = 0; k < 8 * N; ++k) add_outer_product(c, row[k], row[8 * pitch + k], y + k * pitch_y + lane % 4 * 2);
+  }
+}
+
+// c += g y^T for the warp's own g [16, 8 n] and y [8 m, 8 n] in shared memory; n and m even. In half precision g enters
+// as the sum of two numbers.
+template <class S, int N, int M>
+__device__ __forceinline__ void add_product_nt(float (&c)[M][4], const float (&g)[N][4], const S* y, int pitch_y,
+                                               float* spread) {
+  if constexpr (sizeof(S) == 2) {
+    const int lane = threadIdx.x % warp_size;
+    const S* const from_y = y + (lane / 16 * 8 + lane % 8) * pitch_y + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < N; n += 2) {
+      unsigned leading[4], rest[4];
+      split_tiles<S>(g, n, leading, rest);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) spread[(row + i / 2 * 8) * pitch + n * 8 + column + i % 2] = g[n][i];
-    }
-    __syncwarp();
-    for (int k = 0; k < 8 * N; ++k) {
-      const float upper = spread[row * pitch + k], lower = spread[(row + 8) * pitch + k];
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        const Vector<float, 2> other = load<2>(y + k * pitch_y + m * 8 + column);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          c[m][e] = fmaf(upper, other.lanes[e], c[m][e]);
-          c[m][2 + e] = fmaf(lower, other.lanes[e], c[m][2 + e]);
-        }
+      for (int m = 0; m < M; m += 2) {
+        unsigned b[4];
+        load_matrices<false>(b, from_y + m * 8 * pitch_y + n * 8);
+        multiply_add<S>(c[m], rest, b[0], b[1]);
+        multiply_add<S>(c[m + 1], rest, b[2], b[3]);
+        multiply_add<S>(c[m], leading, b[0], b[1]);
+        multiply_add<S>(c[m + 1], leading, b[2], b[3]);
       }
     }
+  } else {
+    spread_rows(g, spread);
+    add_product_nt(c, spread, pitch_of<float>(8 * N), y, pitch_y, 8 * N);
   }
 }
 

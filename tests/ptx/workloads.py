@@ -131,8 +131,8 @@ def workloads(implementation: str) -> list[Workload]:
         rows_of("bf16", 32768, "jsd"),
         attention_relation("bf16", 2, 2, 128, 64, 32, launches),
         attention_relation("fp32", 2, 2, 128, 64, 32, launches),
-        projected_mse("bf16", 256, 128, 256, parts=4),
-        projected_mse("fp32", 256, 128, 256, parts=8),
+        projected_mse("bf16", 256, 128, 256, parts={"triton": 4, "cuda": 4}[implementation]),
+        projected_mse("fp32", 256, 128, 256, parts={"triton": 8, "cuda": 4}[implementation]),
     ]
     there = _dispatch.TRITON_OPS if implementation == "triton" else _dispatch.CUDA_LOSSES
     return [one for one in found if one.op in there]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pydistill import _dispatch, _schemas
-from pydistill.losses import attention_relation, soft_target
+from pydistill.losses import attention_relation, projected_mse, soft_target
 
 NAMESPACE = "pydistill_simt"
 _loaded: list[torch.library.Library] = []  # a schema lasts as long as its library
@@ -18,7 +18,7 @@ def load(path: Path | str) -> None:
     """Makes the library's ops ``torch.ops.pydistill_simt``, with fake kernels and autograd as the product has them."""
     _loaded.append(_schemas.define(NAMESPACE))
     torch.ops.load_library(str(path))
-    for loss in (attention_relation, soft_target):
+    for loss in (attention_relation, projected_mse, soft_target):
         loss._register(NAMESPACE)
 
 

@@ -6,8 +6,8 @@
 prints one line per library: its name, and "fine" or the first thing that is not. The problems are few, so that
 sanitizers can watch them, and take every path once. For soft_target: teams within a warp, of a warp and of a block,
 rows at odd addresses between NaN, masks, labels, rows that fit into shared memory and rows that do not. For
-attention_relation, in bf16: masks and segments, tensors moved by vectors and element by element, heads that fit into
-shared memory and heads that do not. Threads run in every order that is named.
+attention_relation and projected_mse, in bf16: masks and segments, tensors moved by vectors and element by element,
+heads and sources that fit into shared memory and such that do not. Threads run in every order that is named.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from simt import library
 from torch import Tensor
 
 from pydistill.losses.attention_relation import attention_relation_reference
+from pydistill.losses.projected_mse import projected_mse_reference
 from pydistill.losses.soft_target import soft_target_reference
 
 ops = torch.ops.pydistill_simt
@@ -40,6 +41,12 @@ RELATIONS = [  # tokens, features of the student's and the teacher's heads, rela
     (70, 32, 16, [0, 1], True),
     (100, 8, 24, [0, 0], False),
     (70, 18, 80, [0, 1], False),
+]
+
+PROJECTIONS = [  # rows, features of the source and of the target, up, normalize
+    (70, 48, 40, True, True),
+    (150, 24, 72, False, False),
+    (70, 90, 33, True, False),
 ]
 
 
@@ -116,7 +123,42 @@ def attention_relation(orders: list[str]) -> Iterator[str]:
                     yield f"{case}: gradient"
 
 
-PROBES = {"soft_target": soft_target, "attention_relation": attention_relation}
+def projected_mse(orders: list[str]) -> Iterator[str]:
+    """The same."""
+    os.environ["PYDISTILL_SIMT_SHARED"] = "232448"
+    for rows, source_size, target_size, up, normalize in PROJECTIONS:
+        generator = torch.Generator().manual_seed(rows)
+        source, target, projection, bias = (
+            torch.randn(*sizes, generator=generator).bfloat16()
+            for sizes in ((rows, source_size), (rows, target_size), (source_size, target_size), (target_size,))
+        )
+        mask = torch.arange(rows) % 7 != 3
+        source[~mask] = target[~mask] = math.nan
+        exact = [tensor.double().requires_grad_() for tensor in (source, target, projection, bias)]
+        student, teacher = exact[:2] if up else exact[1::-1]
+        value = projected_mse_reference(
+            student, teacher, exact[2], bias=exact[3], mask=mask, direction="up" if up else "down", normalize=normalize
+        )
+        truths = (value, *torch.autograd.grad(value, (student, *exact[2:])))
+        moved = [between_nan(tensor) if source_size % 8 else tensor for tensor in (source, target)]
+        student, teacher = moved if up else moved[::-1]
+        options = (bias, mask, None, None, up, normalize, "direct", "mean", True, True, True)
+        for order in orders:
+            os.environ["PYDISTILL_SIMT_ORDER"] = order
+            case = f"{rows} x {source_size} -> {target_size} {order}"
+            try:
+                found = ops.projected_mse(student, teacher, projection, *options)
+            except RuntimeError as error:
+                yield f"{case}: {error}"
+                continue
+            for what, mine, truth, rounding in zip(
+                ("value", "gradient", "projection", "bias"), found, truths, (1e-5, 2**-8, 2e-5, 2e-5), strict=False
+            ):
+                if not ((mine.double() - truth).abs() <= rounding * truth.abs() + 2e-5 * truth.abs().max()).all():
+                    yield f"{case}: {what}"
+
+
+PROBES = {"soft_target": soft_target, "attention_relation": attention_relation, "projected_mse": projected_mse}
 
 if __name__ == "__main__":
     # All libraries register the same ops, each in a process of its own.
