@@ -421,13 +421,12 @@ void sync_warp(unsigned mask) {
   acquire(warp);
 }
 
-void load_matrices(unsigned (&out)[4], const void* row, bool transposed) {
-  // Each lane reads the row that it names; the rows are exchanged.
+void exchange_rows(unsigned (&out)[4], const uint16_t (&row)[8], bool transposed) {
   struct Row {
     uint16_t element[8];
     bool transposed;
   } input;
-  std::memcpy(input.element, row, sizeof(input.element));
+  std::copy(std::begin(row), std::end(row), input.element);
   input.transposed = transposed;
   collective(0xffffffffu, transposed ? "ldmatrix.trans" : "ldmatrix", &input, &out,
              [](unsigned, const void* const* in, void* const* result) {

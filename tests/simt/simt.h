@@ -72,8 +72,16 @@ void copy_async(void* to, const void* from, size_t bytes, size_t given);
 void commit_copies();
 void wait_copies(int groups_left);
 
-// ldmatrix of four 8 x 8 matrices of 16-bit numbers.
-void load_matrices(unsigned (&out)[4], const void* row, bool transposed);
+// ldmatrix of four 8 x 8 matrices of 16-bit numbers: each lane reads the row that it names, here, where sanitizers
+// watch; then rows are exchanged.
+void exchange_rows(unsigned (&out)[4], const uint16_t (&row)[8], bool transposed);
+
+inline void load_matrices(unsigned (&out)[4], const void* row, bool transposed) {
+  using Element = uint16_t __attribute__((may_alias));
+  uint16_t elements[8];
+  for (int i = 0; i < 8; ++i) elements[i] = static_cast<const Element*>(row)[i];
+  exchange_rows(out, elements, transposed);
+}
 
 // mma.m16n8k16: c += a b.
 struct Fragments {
