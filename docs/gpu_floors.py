@@ -78,8 +78,7 @@ def attention_relation(batch: int, heads: int, tokens: int, teacher: int, studen
 
 
 def projected_mse(rows: int, student: int, teacher: int) -> tuple[Work, Work]:
-    """The student is projected. Ours: kernels/ makes the projected rows twice, and multiplies differences in two
-    parts."""
+    """The student is projected. Ours: the projected rows are made twice, and differences multiplied in two parts."""
     weights = student * teacher
     inputs = (rows * (student + teacher) + weights) * BF16
     outputs = rows * student * BF16 + weights * FP32

@@ -242,7 +242,7 @@ __device__ __forceinline__ float inverse_length(float squares) {
 // --------------------------------------------------------------------------- rows
 
 template <class T, class S, class W>
-__global__ void __launch_bounds__(projected_threads) row_directions(const __grid_constant__ ProjectedRows a) {
+__global__ void __launch_bounds__(projected_threads, 4) row_directions(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
   const ProjectedShared layout = projected_shared<T, S>(a.source.size > tile_features, false);
   const ProjectedBlock<T, S, W> block{a, layout, shared, int64_t{blockIdx.x} * tile_rows, a.rows};
@@ -296,7 +296,7 @@ __device__ __forceinline__ void store_rows(const S* tile, int pitch, int tile_wi
 // Values of a block of rows, one by one or their sum, and the gradient of their source (tile_features of its features)
 // or of their target.
 template <class T, class S, class W>
-__global__ void __launch_bounds__(projected_threads, 4) projected_mse_rows(const __grid_constant__ ProjectedRows a) {
+__global__ void __launch_bounds__(projected_threads, 3) projected_mse_rows(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
   const bool wide = a.source.size > tile_features;
   const ProjectedShared layout = projected_shared<T, S>(wide, false);
@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(projected_threads, 4) projected_mse_rows(const
 
 // A tile of x^T d, and the sum of d, over a share of the rows.
 template <class T, class S, class W>
-__global__ void __launch_bounds__(projected_threads, 4)
+__global__ void __launch_bounds__(projected_threads, 3)
     projected_mse_projection(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
   const bool wide = a.source.size > tile_features;
