@@ -19,13 +19,15 @@ With the bindings of csrc/cuda in the library too, whole ops run so on CPU tenso
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -81,40 +83,51 @@ def _compiler() -> str:
     return found
 
 
-def _kept(sources: Sequence[Path], options: Sequence[str], suffix: str) -> Path:
-    """Where what is compiled from these sources, their neighbours and options is kept until the machine tidies up."""
+@contextmanager
+def _kept(sources: Sequence[Path], options: Sequence[str], suffix: str) -> Iterator[tuple[Path, Path | None]]:
+    """Where what is compiled from these sources, their neighbours and options is kept until the machine tidies up, and
+    where to put it if it is not there yet. One process compiles, the others wait for it."""
     digest = hashlib.sha256(repr([*options, *map(str, sources)]).encode())
-    files = {RUNTIME, *sources, *(file for one in sources for file in one.parent.glob("*.cuh"))}
+    files = {RUNTIME, *sources}
+    for one in sources:
+        if one.suffix in (".cu", ".cpp"):  # objects have no neighbours
+            files.update(*(folder.glob(name) for folder in one.parents[:2] for name in ("*.cuh", "*.h")))
     for file in sorted(files):
         digest.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"pydistill-ptx-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    return folder / f"{digest.hexdigest()[:24]}{suffix}"
+    kept = folder / f"{digest.hexdigest()[:24]}{suffix}"
+    with open(f"{kept}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if kept.exists():
+            yield kept, None
+            return
+        temporary = kept.with_name(f"making-{kept.name}")
+        yield kept, temporary
+        temporary.replace(kept)
 
 
 def cubin(source: Path, target: str, options: Sequence[str] = ()) -> bytes:
     """Machine code for sm_80, sm_90..."""
-    kept = _kept([source], [*options, target], ".cubin")
-    if not kept.exists():
-        temporary = kept.with_suffix(f".{os.getpid()}")
-        _run(_compiler(), *FLAGS, *options, "-cubin", f"-arch={target}", source, "-o", temporary)
-        temporary.replace(kept)
+    with _kept([source], [*options, target], ".cubin") as (kept, missing):
+        if missing:
+            _run(_compiler(), *FLAGS, *options, "-cubin", f"-arch={target}", source, "-o", missing)
     return kept.read_bytes()
 
 
 def build(sources: Sequence[Path], options: Sequence[str] = (), objects: Sequence[Path] = ()) -> Library:
     """Sources and the runtime of the tests as one library, with PTX for compute_80; `objects` are linked to it."""
-    kept = _kept([*sources, *objects], options, ".so")
-    if not kept.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            runtime, made = Path(folder) / "runtime.o", Path(folder) / "made.so"
+    with (
+        _kept([*sources, *objects], options, ".so") as (kept, missing),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        if missing:
+            runtime = Path(folder) / "runtime.o"
             _run("cc", "-O1", "-fPIC", "-fvisibility=default", "-c", RUNTIME, "-o", runtime)
             _run(
                 _compiler(), *FLAGS, *options, "-shared", "-cudart", "none", "-arch=compute_80",
-                "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", *sources, *objects, runtime, "-o", made,
+                "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", *sources, *objects, runtime, "-o", missing,
             )  # fmt: skip
-            shutil.move(made, kept.with_suffix(f".{os.getpid()}"))
-            kept.with_suffix(f".{os.getpid()}").replace(kept)
     return Library(kept)
 
 
@@ -129,11 +142,9 @@ def ops(csrc: Path = CSRC, namespace: str = "pydistill_ptx") -> Library:
         "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch_folder / 'include'}",
     ]  # fmt: skip
     for binding in bindings:
-        made = _kept([binding, *csrc.rglob("*.h")], options, ".o")
-        if not made.exists():
-            temporary = made.with_suffix(f".{os.getpid()}.o")
-            _run("c++", *options, "-c", binding, "-o", temporary)
-            temporary.replace(made)
+        with _kept([binding], options, ".o") as (made, missing):
+            if missing:
+                _run("c++", *options, "-c", binding, "-o", missing)
         objects.append(made)
     links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-Xlinker", f"-rpath={torch_folder / 'lib'}"]
     _define(namespace)
