@@ -341,7 +341,7 @@ def test_documents_name_what_exists() -> None:
         text = page.read_text()
         for link in re.findall(r"\]\((?!\w+:)([^)#]+)\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
-        for target in re.findall(r"`make (\w+)", text) + re.findall(r"^make (\w+)", text, flags=re.MULTILINE):
+        for target in re.findall(r"`make ([\w-]+)", text) + re.findall(r"^make ([\w-]+)", text, flags=re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page.name} names make {target}"
         for file in re.findall(r"`((?:pydistill|csrc|tests|docs)/[\w./-]+\.\w+)`", text):
             assert (ROOT / file).exists(), f"{page.name} names {file}"
