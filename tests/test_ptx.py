@@ -188,6 +188,18 @@ def test_global_memory_is_checked():
         interpreter.launch(f"{HEAD}$again:\nbra $again;\n}}", (1,), (32,), [x, x], max_steps=100)
 
 
+def test_a_number_that_looks_like_an_address_stays_what_it_is():
+    """Such as padding of a struct, in which an earlier pointer was left."""
+    x, y = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    number = x.data_ptr() + 5
+    text = HEAD.replace("kernel_param_1)", "kernel_param_1, .param .u64 kernel_param_2)")
+    body = "ld.param.u64 %d7, [kernel_param_2]; cvt.u32.u64 %r3, %d7;"
+    interpreter.launch(
+        f"{text}{body}\nst.global.u32 [%d5], %r3;\nret;\n}}", (1,), (32,), [x, y, number.to_bytes(8, "little")]
+    )
+    assert {one & 0xFFFFFFFF for one in y.tolist()} == {number & 0xFFFFFFFF}
+
+
 def test_traffic_is_counted():
     """By what is asked for, by sectors of 32 bytes per warp, and by sectors per launch."""
     x, y = torch.zeros(1024), torch.zeros(64)

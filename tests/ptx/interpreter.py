@@ -44,8 +44,8 @@ def launch(
 
     Args:
         program: of `read`, or PTX with one entry point.
-        parameters: tensors, and the bytes of anything else; pointers in them that point into one of `tensors` are
-            translated. Parameters that are missing at the end are zero.
+        parameters: tensors, and the bytes of anything else, with pointers as the host has them. Parameters that are
+            missing at the end are zero.
         shared: bytes of dynamic shared memory.
         tensors: what the kernel may access besides the tensors among the parameters.
 
@@ -56,10 +56,7 @@ def launch(
         PtxError: the kernel did what it must not, or what is not supported.
     """
     memory = GlobalMemory([*tensors, *(one for one in parameters if isinstance(one, Tensor))])
-    encoded = [
-        memory.address(one).to_bytes(8, "little") if isinstance(one, Tensor) else _translated(one, memory)
-        for one in parameters
-    ]
+    encoded = [one.data_ptr().to_bytes(8, "little") if isinstance(one, Tensor) else one for one in parameters]
     program = read(program) if isinstance(program, str) else program
     machine = Machine(program, grid, block, encoded, memory, shared, max_steps).run()
     memory.write_back()
@@ -79,9 +76,3 @@ def pointed_to(parameters: Sequence[bytes], tensors: Iterable[Tensor]) -> list[T
         return bool(((words >= start) & (words < start + size)).any())
 
     return [one for one in tensors if hit(one)]
-
-
-def _translated(content: bytes, memory: GlobalMemory) -> bytes:
-    """With every aligned word that is a host's address of a tensor replaced by the device's."""
-    words = _words(content)
-    return b"".join(memory.translate(word).to_bytes(8, "little") for word in words) + content[8 * len(words) :]

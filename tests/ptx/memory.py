@@ -17,8 +17,6 @@ from ptx.parser import PtxError
 Array = NDArray[Any]
 SECTOR = 32  # bytes that memory moves at least
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-# Device addresses begin here: an offset that lost its upper half, or a null pointer, points outside.
-BASE = 0x7E00_0000_0000
 # Between allocations, so that what lies behind one is not the beginning of another.
 GAP = 4096
 ALIGNMENT = 512
@@ -61,21 +59,23 @@ class Traffic:
 
 
 class GlobalMemory:
-    """A copy of the storages of some tensors, at addresses of its own; only elements of the tensors may be accessed.
+    """A copy of the storages of some tensors, at the host's addresses: what is passed to a kernel needs no translation.
+    Only elements of the tensors may be accessed.
 
-    A storage keeps its alignment. What kernels wrote goes back with `write_back`.
+    Accesses are by offset into `bytes`, where a storage keeps its alignment. What kernels wrote goes back with
+    `write_back`.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         tensors = [tensor for tensor in tensors if tensor.numel()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        self.places: dict[int, tuple[int, int]] = {}  # host address -> (bytes, offset)
+        self.places: dict[int, int] = {}  # address of a storage -> offset
         self.host: list[tuple[int, Array]] = []
         end = GAP
         for address, storage in storages.items():
             offset = -(-end // ALIGNMENT) * ALIGNMENT + address % ALIGNMENT
             content = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-            self.places[address] = (content.size, offset)
+            self.places[address] = offset
             self.host.append((offset, content))
             end = offset + content.size + GAP
         size = -(-end // ALIGNMENT) * ALIGNMENT
@@ -84,22 +84,21 @@ class GlobalMemory:
             self.bytes[offset : offset + content.size] = content
         owned = np.zeros(size, bool)
         for tensor in tensors:
-            _, offset = self.places[tensor.untyped_storage().data_ptr()]
+            offset = self.places[tensor.untyped_storage().data_ptr()]
             _mark(owned[offset : offset + tensor.untyped_storage().nbytes()], tensor)
         # How many owned bytes come before each: an access is inside when all of its bytes are.
         self.owned_before = np.concatenate([[0], np.cumsum(owned)]).astype(np.int64)
         self.elements = {width: self.bytes.view(kind) for width, kind in UNSIGNED.items()}
+        # By address; a storage at 0, of no bytes, so that there is one before every address.
+        rows = sorted([(0, 0, 0), *((at, storages[at].nbytes(), offset) for at, offset in self.places.items())])
+        self.starts = np.array([row[0] for row in rows], np.uint64)
+        self.sizes, self.shifts = (np.array([row[column] for row in rows], np.int64) for column in (1, 2))
 
-    def address(self, tensor: Tensor) -> int:
-        """Where a tensor begins."""
-        return self.translate(tensor.data_ptr()) if tensor.numel() else 0
-
-    def translate(self, host: int) -> int:
-        """The device's address for a host's address inside of a storage, anything else unchanged."""
-        for address, (size, offset) in self.places.items():
-            if address <= host < address + max(size, 1):
-                return BASE + offset + host - address
-        return host
+    def offsets(self, address: Array) -> NDArray[np.int64]:
+        """Of addresses, -1 where no storage is."""
+        place = np.searchsorted(self.starts, address, side="right") - 1
+        offset = address.astype(np.int64) - self.starts[place].astype(np.int64)
+        return np.where(offset < self.sizes[place], offset + self.shifts[place], -1)
 
     def write_back(self) -> None:
         for offset, content in self.host:
@@ -161,7 +160,7 @@ class GlobalAccess:
 
     def check(self, address: Array, size: int, threads: Array, kind: str) -> NDArray[np.int64]:
         """Offsets of an access that is in bounds, aligned, and in conflict with no other block; it is counted."""
-        offset = (address - np.uint64(BASE)).astype(np.int64)
+        offset = self.memory.offsets(address)
         inside = (offset >= 0) & (offset <= self.memory.bytes.size - size)
         before = self.memory.owned_before
         at = np.where(inside, offset, 0)
