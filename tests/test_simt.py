@@ -46,7 +46,7 @@ PLANTED = {
     "teacher_not_moved": Planted("soft_target.cuh", "    teacher *= factor_teacher;\n", ""),
     "wrong_label": Planted("soft_target.cuh", "if (i + k == label) g[k]", "if (i + k == label + 1) g[k]"),
     "hidden_nan": Planted("soft_target.cuh", "return x < 0 ? 0.0f : x;", "return fmaxf(x, 0.0f);"),
-    "shared_not_asked_for": Planted("soft_target.cu", "if (shared > shared_without_asking)", "if (false)"),
+    "shared_not_asked_for": Planted("launch.cuh", "if (shared > without_asking)", "if (false)"),
     "block_of_two_teams": Planted("soft_target.cu", "a.team > warp_size ?", "a.team > narrow_block ?"),
 }  # fmt: skip
 
@@ -66,9 +66,7 @@ PLANTED_RELATION = {
     "chunk_overwritten": ("columns);\n      __syncthreads();", "columns);", "attention_relation.cuh", "thread"),
     "warp_barrier_of_store": ("  __syncwarp();\n  constexpr", "  constexpr", "attention_relation.cuh"),
     "rest_left_out": (
-        "from_y + n * 8 * pitch_y + m * 8);\n        multiply_add<S>(c[m], rest, b[0], b[1]);",
-        "from_y + n * 8 * pitch_y + m * 8);",
-        "matrix.cuh",
+        "multiply_add<S>(c[m], rest, b[0], b[1]);", "", "matrix.cuh"
     ),
     "not_transposed": (
         "load_matrices<true>(b, from_y + n * 8 *", "load_matrices<false>(b, from_y + n * 8 *", "matrix.cuh"

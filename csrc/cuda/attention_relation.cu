@@ -6,14 +6,12 @@
 #include <cmath>
 
 #include "attention_relation.cuh"
+#include "launch.cuh"
 
 namespace pyd {
 namespace {
 
-constexpr int64_t shared_without_asking = 48 << 10;  // more has to be asked for, kernel by kernel
-constexpr int one_block = 1024;                      // threads of a kernel that is one block
-
-int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+constexpr int one_block = 1024;  // threads of a kernel that is one block
 
 // What kernels hand to each other, in one piece of memory.
 struct Workspace {
@@ -25,25 +23,20 @@ struct Workspace {
   int64_t bytes;
 
   explicit Workspace(const AttentionRelationCuda& p) {
-    char* const begin = static_cast<char*>(p.workspace);
-    int64_t at = 0;
-    const auto take = [&]<class T>(T*& pointer, int64_t size) {
-      pointer = reinterpret_cast<T*>(begin + at);
-      at += blocks_of(size * static_cast<int64_t>(sizeof(T)), vector_bytes) * vector_bytes;
-    };
+    Carver carver{static_cast<char*>(p.workspace)};
     const int64_t tokens = static_cast<int64_t>(p.batches) * p.positions;
-    take(firsts, tokens);
-    take(lasts, tokens);
-    take(counts, 2 * p.batches * blocks_of(p.positions, relation_threads));
-    take(shares, tokens);
-    take(unit, 1);
-    take(factors, most_relations);
+    carver.take(firsts, tokens);
+    carver.take(lasts, tokens);
+    carver.take(counts, 2 * p.batches * blocks_of(p.positions, relation_threads));
+    carver.take(shares, tokens);
+    carver.take(unit, 1);
+    carver.take(factors, most_relations);
     for (int r = 0; r < p.count; ++r) {
       programs[r] = p.batches * blocks_of(p.positions, own_tokens) * p.relations[r].heads;
-      take(partial[r], programs[r]);
-      take(statistics[r], p.with_gradient ? 4 * tokens * p.relations[r].heads : 0);
+      carver.take(partial[r], programs[r]);
+      carver.take(statistics[r], p.with_gradient ? 4 * tokens * p.relations[r].heads : 0);
     }
-    bytes = at;
+    bytes = carver.bytes;
   }
 };
 
@@ -104,7 +97,7 @@ struct Launcher {
   }
 
   template <class S>
-  cudaError_t launch(void (*kernel)(RelationLaunch), RelationLaunch& a, bool gradient) const {
+  cudaError_t over_tokens(void (*kernel)(RelationLaunch), RelationLaunch& a, bool gradient) const {
     int64_t blocks = 0, shared = 0;
     for (int i = 0; i < a.count; ++i) {
       RelationTask& task = a.tasks[i];
@@ -114,19 +107,14 @@ struct Launcher {
           std::max<int64_t>(shared, relation_shared<S>(task.student.own.size, task.teacher.own.size, gradient).bytes);
     }
     if (blocks == 0) return cudaSuccess;
-    if (shared > shared_without_asking)
-      if (const auto error =
-              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)))
-        return error;
-    PYD_LAUNCH(kernel, static_cast<unsigned>(blocks), relation_threads, shared, stream, a);
-    return cudaGetLastError();
+    return launch(kernel, dim3(static_cast<unsigned>(blocks)), relation_threads, shared, stream, a);
   }
 
   template <class S>
   cudaError_t values() const {
     RelationLaunch a = empty();
     for (int r = 0; r < p.count; ++r) a.tasks[a.count++] = task_of<S>(p, w, r, false);
-    return launch<S>(relation_values<S>, a, false);
+    return over_tokens<S>(relation_values<S>, a, false);
   }
 
   // Tasks whose students have as many features in shared memory share a launch.
@@ -145,7 +133,7 @@ struct Launcher {
         task.columns = second || relation.self;
       }
     }
-    return launch<S>(relation_gradients<S, M>, a, true);
+    return over_tokens<S>(relation_gradients<S, M>, a, true);
   }
 
   template <class S>

@@ -580,12 +580,11 @@ __global__ void __launch_bounds__(1024) relation_total(const RelationTotal a) {
     denominator = sequences;
   else if (a.mean == RelationMean::tokens)
     denominator = valid;
-  // fp16 has no room below for a gradient divided by many rows: that factor is left to backward (see soft_target), at
-  // its size for a head of middling length.
+  // What is left to backward has its size for a head of middling length.
   double rows = denominator, loss = 0;
   if (a.mean != RelationMean::none) rows *= a.heads[0];
   if (a.mean == RelationMean::sequences) rows *= valid / sequences;
-  const double later = a.half_precision ? ldexp(1.0, -ilogb(rows)) : 1;
+  const double later = left_to_backward(rows, a.half_precision);
 #pragma unroll
   for (int r = 0; r < most_relations; ++r) {
     if (r >= a.count) break;

@@ -64,6 +64,13 @@ __device__ __forceinline__ void store(const Vector<S, N>& x, S* p, bool aligned)
   for (int i = 0; i < N; ++i) p[i] = x.lanes[i];
 }
 
+// What the gradient is still to be multiplied by after the forward: 1 unless it is in fp16, which has no room below for
+// a gradient divided by many rows. That factor is left to backward, where the incoming gradient (which a loss scaler
+// makes large) meets it first; a power of two, so that nothing is rounded twice.
+__device__ __forceinline__ double left_to_backward(double denominator, bool half_precision) {
+  return half_precision ? ldexp(1.0, -ilogb(denominator)) : 1;
+}
+
 // How far behind a multiple of 16 bytes something lies.
 __device__ __forceinline__ int phase_of(const void* p) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) % vector_bytes);

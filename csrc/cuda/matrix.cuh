@@ -212,12 +212,25 @@ __device__ __forceinline__ void add_product_tn(float (&c)[N][4], const S* x, int
 template <class S, int N>
 constexpr int spread_bytes = sizeof(S) == 2 ? 0 : 16 * pitch_of<float>(8 * N) * static_cast<int>(sizeof(float));
 
-// g [16, 8 n] as the left operand, as the sum of two numbers in half precision.
-template <class S, int N>
-__device__ __forceinline__ void split_tiles(const float (&g)[N][4], int n, unsigned (&leading)[4],
-                                            unsigned (&rest)[4]) {
+// c += g y on the tensor cores, g [16, 8 n] as the sum of two numbers in half precision; load(b, n, m) gets two tiles
+// of 16 rows and 8 columns of y, from row 8 n and column 8 m on.
+template <class S, int N, int M, class Load>
+__device__ __forceinline__ void add_split_product(float (&c)[M][4], const float (&g)[N][4], Load&& load) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) split<S>(g[n + i / 2][i % 2 * 2], g[n + i / 2][i % 2 * 2 + 1], leading[i], rest[i]);
+  for (int n = 0; n < N; n += 2) {
+    unsigned leading[4], rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split<S>(g[n + i / 2][i % 2 * 2], g[n + i / 2][i % 2 * 2 + 1], leading[i], rest[i]);
+#pragma unroll
+    for (int m = 0; m < M; m += 2) {
+      unsigned b[4];
+      load(b, n, m);
+      multiply_add<S>(c[m], rest, b[0], b[1]);
+      multiply_add<S>(c[m + 1], rest, b[2], b[3]);
+      multiply_add<S>(c[m], leading, b[0], b[1]);
+      multiply_add<S>(c[m + 1], leading, b[2], b[3]);
+    }
+  }
 }
 
 // Whole rows of g, of which a lane has a part, for the lanes of its warp.
@@ -242,20 +255,8 @@ __device__ __forceinline__ void add_product_nn(float (&c)[M][4], const float (&g
   const int lane = threadIdx.x % warp_size;
   if constexpr (sizeof(S) == 2) {
     const S* const from_y = y + lane % 16 * pitch_y + lane / 16 * 8;
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      unsigned leading[4], rest[4];
-      split_tiles<S>(g, n, leading, rest);
-#pragma unroll
-      for (int m = 0; m < M; m += 2) {
-        unsigned b[4];
-        load_matrices<true>(b, from_y + n * 8 * pitch_y + m * 8);
-        multiply_add<S>(c[m], rest, b[0], b[1]);
-        multiply_add<S>(c[m + 1], rest, b[2], b[3]);
-        multiply_add<S>(c[m], leading, b[0], b[1]);
-        multiply_add<S>(c[m + 1], leading, b[2], b[3]);
-      }
-    }
+    add_split_product<S>(
+        c, g, [&](unsigned (&b)[4], int n, int m) { load_matrices<true>(b, from_y + n * 8 * pitch_y + m * 8); });
   } else {
     constexpr int pitch = pitch_of<float>(8 * N);
     spread_rows(g, spread);
@@ -272,20 +273,8 @@ __device__ __forceinline__ void add_product_nt(float (&c)[M][4], const float (&g
   if constexpr (sizeof(S) == 2) {
     const int lane = threadIdx.x % warp_size;
     const S* const from_y = y + (lane / 16 * 8 + lane % 8) * pitch_y + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      unsigned leading[4], rest[4];
-      split_tiles<S>(g, n, leading, rest);
-#pragma unroll
-      for (int m = 0; m < M; m += 2) {
-        unsigned b[4];
-        load_matrices<false>(b, from_y + m * 8 * pitch_y + n * 8);
-        multiply_add<S>(c[m], rest, b[0], b[1]);
-        multiply_add<S>(c[m + 1], rest, b[2], b[3]);
-        multiply_add<S>(c[m], leading, b[0], b[1]);
-        multiply_add<S>(c[m + 1], leading, b[2], b[3]);
-      }
-    }
+    add_split_product<S>(
+        c, g, [&](unsigned (&b)[4], int n, int m) { load_matrices<false>(b, from_y + m * 8 * pitch_y + n * 8); });
   } else {
     spread_rows(g, spread);
     add_product_nt(c, spread, pitch_of<float>(8 * N), y, pitch_y, 8 * N);

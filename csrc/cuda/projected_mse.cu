@@ -4,16 +4,14 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "projected_mse.cuh"
 
 namespace pyd {
 namespace {
 
-constexpr int64_t shared_without_asking = 48 << 10;  // more has to be asked for, kernel by kernel
-constexpr int64_t busy_blocks = 512;                 // as many as keep a large device busy
+constexpr int64_t busy_blocks = 512;  // as many as keep a large device busy
 constexpr int end_threads = 256;
-
-int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 // What kernels hand to each other, in one piece of memory.
 struct Workspace {
@@ -28,17 +26,12 @@ struct Workspace {
     const int64_t tiles = blocks_of(m, tile_columns) * blocks_of(k, tile_features);
     share = std::max<int64_t>(1, blocks_of(blocks_of(p.rows, tile_rows), blocks_of(busy_blocks, tiles))) * tile_rows;
     shares = wanted ? blocks_of(p.rows, share) : 0;
-    char* const begin = static_cast<char*>(p.workspace);
-    int64_t at = 0;
-    const auto take = [&]<class T>(T*& pointer, int64_t size) {
-      pointer = reinterpret_cast<T*>(begin + at);
-      at += blocks_of(size * static_cast<int64_t>(sizeof(T)), vector_bytes) * vector_bytes;
-    };
-    take(factors, 3);
-    take(squares, blocks_of(p.rows, tile_rows));
-    take(directions, p.normalize ? 3 * p.rows : 0);
-    take(parts, shares * (k + 1) * m);
-    bytes = at;
+    Carver carver{static_cast<char*>(p.workspace)};
+    carver.take(factors, 3);
+    carver.take(squares, blocks_of(p.rows, tile_rows));
+    carver.take(directions, p.normalize ? 3 * p.rows : 0);
+    carver.take(parts, shares * (k + 1) * m);
+    bytes = carver.bytes;
   }
 };
 
@@ -74,26 +67,22 @@ cudaError_t launch_all(const ProjectedMseCuda& p, const Workspace& w, cudaStream
   a.with_bias = p.grad_bias != nullptr;
 
   const bool wide = p.source.size > tile_features;
-  const auto launch = [&](void (*kernel)(ProjectedRows), dim3 grid, int64_t shared) -> cudaError_t {
-    if (shared > shared_without_asking)
-      if (const auto error =
-              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)))
-        return error;
-    PYD_LAUNCH(kernel, grid, projected_threads, shared, stream, a);
-    return cudaGetLastError();
-  };
   const int64_t over_rows = projected_shared<T, S>(wide, false).bytes;
   const auto blocks = static_cast<unsigned>(blocks_of(p.rows, tile_rows));
   const auto features = static_cast<unsigned>(blocks_of(p.source.size, tile_features));
   if (blocks > 0) {
     if (p.normalize)
-      if (const auto error = launch(row_directions<T, S, W>, dim3(blocks), over_rows)) return error;
+      if (const auto error = launch(row_directions<T, S, W>, dim3(blocks), projected_threads, over_rows, stream, a))
+        return error;
     const unsigned parts = p.grad_source.data != nullptr ? features : 1;
-    if (const auto error = launch(projected_mse_rows<T, S, W>, dim3(blocks, parts), over_rows)) return error;
+    if (const auto error =
+            launch(projected_mse_rows<T, S, W>, dim3(blocks, parts), projected_threads, over_rows, stream, a))
+      return error;
     if (a.with_projection || a.with_bias) {
       const dim3 grid(static_cast<unsigned>(blocks_of(p.target.size, tile_columns)), a.with_projection ? features : 1,
                       static_cast<unsigned>(w.shares));
-      if (const auto error = launch(projected_mse_projection<T, S, W>, grid, projected_shared<T, S>(wide, true).bytes))
+      if (const auto error = launch(projected_mse_projection<T, S, W>, grid, projected_threads,
+                                    projected_shared<T, S>(wide, true).bytes, stream, a))
         return error;
     }
   }

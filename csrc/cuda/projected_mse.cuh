@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(1024)
   if (threadIdx.x != 0) return;
   double denominator = mean || by_row ? m : 1;
   if (mean) denominator *= num_items != nullptr ? *num_items : fmax(count[0], 1.0);
-  // fp16 has no room below for a gradient divided by many rows (see soft_target).
-  const double later = mean && half_precision ? ldexp(1.0, -ilogb(denominator)) : 1;
+  const double later = left_to_backward(denominator, mean && half_precision);
   factors[0] = 1 / denominator;
   factors[1] = 2 / (denominator * later);
   factors[2] = 2 / denominator;

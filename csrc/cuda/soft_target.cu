@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "soft_target.cuh"
 
 namespace pyd {
@@ -11,8 +12,7 @@ namespace {
 
 static_assert(sizeof(SoftTargetScales) <= soft_target_scales_bytes);
 
-constexpr int narrow_block = 128;                    // threads of a block in which several teams work
-constexpr int64_t shared_without_asking = 48 << 10;  // more has to be asked for, kernel by kernel
+constexpr int narrow_block = 128;  // threads of a block in which several teams work
 
 // Up to 32 classes have a thread each; of wider rows each thread gets four 16-byte vectors, as far as a block goes.
 int team_size(int64_t classes, int64_t element) {
@@ -29,20 +29,15 @@ cudaError_t launch_rows(const SoftTargetProblem& p, const SoftTargetRows& a, cud
   if (const auto error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
     return error;
   const int block = a.team > warp_size ? a.team : narrow_block;
-  const int64_t teams = block / a.team, blocks = (a.rows + teams - 1) / teams;
+  const int64_t teams = block / a.team, blocks = blocks_of(a.rows, teams);
   int64_t shared = soft_target_slots_bytes(a.team);
   const int64_t with_rows = shared + teams * 2 * soft_target_kept_bytes(p.classes, sizeof(S));
   // A walk after the first is what rows are kept for.
   const bool cached = (p.grad != nullptr || D == Divergence::jsd) && with_rows <= most_shared;
   if (cached) shared = with_rows;
   const auto kernel = cached ? soft_target_rows<S, D, true> : soft_target_rows<S, D, false>;
-  if (shared > shared_without_asking)
-    if (const auto error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)))
-      return error;
   // More blocks than a grid holds would be rows of more bytes than any device has.
-  PYD_LAUNCH(kernel, static_cast<unsigned>(blocks), block, shared, stream, a);
-  return cudaGetLastError();
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), block, shared, stream, a);
 }
 
 template <class S>

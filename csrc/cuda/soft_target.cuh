@@ -66,8 +66,7 @@ __device__ __forceinline__ const S* row_of(const Rows& rows, int64_t r) {
                                     (r - outer * rows.inner) * rows.inner_stride);
 }
 
-// One block. Counts the valid rows where the mean needs it, and writes what follows from the denominator. For fp16 the
-// gradient's division by it is left to backward (see csrc/soft_target.cpp), as far as it is a power of two.
+// One block. Counts the valid rows where the mean needs it, and writes what follows from the denominator.
 __global__ void __launch_bounds__(most_threads)
     soft_target_scales(const bool* mask, const int64_t* labels, int64_t ignore_index, int64_t rows, bool mean,
                        const double* num_items, bool half_precision, double soft_value, double hard_value,
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(most_threads)
   }
   if (threadIdx.x != 0) return;
   const double denominator = !mean ? 1 : num_items != nullptr ? *num_items : fmax(count[0], 1.0);
-  const double later = half_precision ? ldexp(1.0, -ilogb(denominator)) : 1;
+  const double later = left_to_backward(denominator, half_precision);
   *scales = {denominator, static_cast<float>(soft_value / (denominator * later)),
              static_cast<float>(hard_value / (denominator * later))};
   *gradient_scale = static_cast<float>(later);
