@@ -617,7 +617,7 @@ def test_the_recorded_table_is_of_these_budgets():
 # Mutants of executed instructions that the trials catch, of all: a little below what they do. What survives is listed,
 # and is mostly the same kernel in effect (a bound that no launch reaches, a product's first sum, which is zero, lanes
 # that write what others write too).
-CAUGHT = {"soft_target": 0.8, "attention_relation": 0.72, "projected_mse": 0.77}
+CAUGHT = {"soft_target": 0.8, "attention_relation": 0.75, "projected_mse": 0.77}
 
 
 @pytest.mark.parametrize(

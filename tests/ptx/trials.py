@@ -42,6 +42,10 @@ def attention_relation() -> Iterator[tuple[Tensors, dict[str, Any]]]:
         tensors["mask"][-1, -1] = True
         del tensors["segment_ids"]
         yield tensors, {}
+    # Two whole blocks, sequences and a triangle, and another denominator.
+    tensors = ATTENTION_RELATION.inputs((2, 3, 128, 16, 32), torch.bfloat16)
+    tensors["mask"][:] = True
+    yield tensors, {"causal": True, "reduction": "token_mean"}
 
 
 def projected_mse() -> Iterator[tuple[Tensors, dict[str, Any]]]:
