@@ -60,6 +60,9 @@ TRIALS = {"soft_target": soft_target, "attention_relation": attention_relation, 
 
 def launches(implementation: str, case: LossCase) -> list[Any]:
     """Of all trials of a loss, forward and backward."""
+    # Memory that nobody wrote holds NaN: what was there before could be what a mutant fails to write, or a number so
+    # large that nothing differs from it.
+    torch.use_deterministic_algorithms(True)
     found: list[Any] = []
     for tensors, keywords in TRIALS[case.name]():
         if implementation == "triton":
