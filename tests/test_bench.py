@@ -11,8 +11,20 @@ import torch
 from cases import IMPLEMENTATIONS
 
 from pydistill import _dispatch
-from pydistill.bench import attention_relation, compare, machine, main, measure, projected_mse, rows, soft_target
+from pydistill.bench import (
+    attention_relation,
+    compare,
+    liger,
+    linear_soft_target,
+    machine,
+    main,
+    measure,
+    projected_mse,
+    rows,
+    soft_target,
+)
 from pydistill.losses import attention_relation as relation_module
+from pydistill.losses import linear_soft_target as linear_module
 from pydistill.losses import projected_mse as projection_module
 from pydistill.losses import soft_target as loss_module
 
@@ -87,7 +99,7 @@ def test_all_providers_agree_and_in_place_takes_no_memory(tmp_path):
     ]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     measured = {row.provider: row for row in rows.read_csv(tmp_path / "soft_target.csv")[1]}
-    assert set(measured) == set(soft_target.PROVIDERS)
+    assert set(measured) == set(soft_target.PROVIDERS) - {"liger"}
     assert measured["ours in place"].extra_mib < 1
     assert 3.5 < measured["ours"].extra_mib < 6
     assert measured["eager"].extra_mib > 12
@@ -226,6 +238,7 @@ def test_targets_judge_what_they_promise():
         (["soft_target", "--threads", "0"], "expected a positive whole number, got '0'"),
         (["soft_target", "--providers", "theirs"], "got 'theirs'"),
         (["attention_relation", "--sizes", "32x12x128"], "expected BATCHxHEADSxPOSITIONSxTEACHERxSTUDENT"),
+        (["soft_target", "--providers", "liger"], "'liger' needs --device cuda, and the package liger-kernel"),
         (["attention_relation", "--providers", "ours in place"], "got 'ours in place'"),
         (["attention_relation", "--workloads", "kl"], "expected some of qk,vv,qk padded, got 'kl'"),
         (["projected_mse", "--sizes", "4096x48"], "expected ROWSxSTUDENTxTEACHER"),
@@ -490,3 +503,55 @@ def test_targets_of_projected_mse():
     assert large == {"times compile": False, "extra MiB": True}
     assert judged(shape="4096x312x1024", percent_of_limit=60.0) == {"% of limit": False}
     assert judged(provider="eager") == {}
+
+
+# -------------------------------------------------------------------------------- linear_soft_target
+
+
+def test_bench_of_linear_soft_target(tmp_path, capsys):
+    arguments = ["linear_soft_target", "--dtypes", "fp32,bf16", "--quick", "--budget", "0.2", "--threads", "1"]
+    assert main([*arguments, "--sizes", "40x12x33x70", "--providers", "eager,ours", "--out", str(tmp_path)]) == 0
+    measured = rows.read_csv(tmp_path / "linear_soft_target.csv")[1]
+    assert [(row.dtype, row.provider) for row in measured] == [
+        (dtype, provider) for dtype in ("fp32", "bf16") for provider in ("eager", "ours")
+    ]
+    assert measured[0].gigaflop == 2 * 40 * 70 * (3 * 12 + 33) / 1e9
+    assert all(row.gradient_error < 1e-5 for row in measured[:2])
+    assert "linear_soft_target kl, fp32 (40, 12, 33, 70), 1 thread" in capsys.readouterr().out
+
+
+def test_gate_of_linear_soft_target(monkeypatch, tmp_path, capsys):
+    """A loss that is wrong is not timed."""
+    right = linear_module.linear_soft_target_loss
+    monkeypatch.setattr(linear_module, "linear_soft_target_loss", lambda *given, **how: 1.001 * right(*given, **how))
+    arguments = ["linear_soft_target", "--dtypes", "fp32", "--quick", "--budget", "0.2", "--sizes", "40x12x33x70"]
+    assert main([*arguments, "--providers", "ours", "--out", str(tmp_path)]) == 1
+    assert "the correctness gate is red" in capsys.readouterr().err
+
+
+def test_plain_linear_loss_is_the_reference():
+    problem = linear_soft_target.Problem.random((10, 3, 7, 40), torch.float32)
+    expected = linear_module.linear_soft_target_reference(
+        *problem.arguments, temperature=linear_soft_target.TEMPERATURE
+    )
+    torch.testing.assert_close(linear_soft_target.plain_loss(*problem.arguments), expected)
+
+
+def test_targets_of_linear_soft_target():
+    def judged(**changes: object) -> dict[str, bool]:
+        size = {"loss": "linear_soft_target", "workload": "kl", "shape": "1024x384x768x30522", "provider": "ours"}
+        row = example_row(**{**size, "gigaflop": 120.0, "extra_mib": 82.0, **changes})
+        return {target.text.split("2T, ")[-1]: target.met for target in linear_soft_target.targets([row])}
+
+    found = judged(vs_eager=1.7, vs_compile=0.9, percent_of_limit=86.0)
+    assert found == {"times eager": True, "times compile": False, "% of limit": True, "extra MiB": True}
+    assert judged(extra_mib=100.0)["extra MiB"] is False
+    assert judged(provider="eager") == {}
+
+
+def test_providers_on_a_gpu(monkeypatch):
+    """Liger's kernels are measured beside ours, where they are installed."""
+    for installed in (True, False):
+        monkeypatch.setattr(liger, "find_spec", lambda name, found=installed: object() if found else None)
+        assert ("liger" in linear_soft_target.providers_here(torch.device("cuda"))) is installed
+        assert "liger" not in linear_soft_target.providers_here() + soft_target.providers_here()

@@ -43,14 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = benchmark.providers_here(device)
     providers = arguments.providers or here
     for provider in providers:
-        if provider not in here and device.type == "cpu":
+        if provider in here:
+            continue
+        if provider == "liger":
+            parser.error("provider 'liger' needs --device cuda, and the package liger-kernel installed")
+        if device.type == "cpu":
             parser.error(f"provider {provider!r} needs the compiled extension: {_dispatch.native_reason}")
-        if provider not in here:
-            parser.error(f"provider {provider!r} is not measured on a GPU; there are {', '.join(here)}")
+        parser.error(f"provider {provider!r} is not measured on a GPU; there are {', '.join(here)}")
     threads = arguments.threads or [torch.get_num_threads()]
     line = machine.line(machine.describe(device.type))
     thp_alloc = int(os.environ.get(THP_SWITCH, "0") == "1")
-    ours = _dispatch.resolve(benchmark.LOSS, device)
+    ours = _dispatch.resolve(benchmark.OP, device)
     print(f"machine: {line}\nours: {ours}; limit: {benchmark.limit_name(device)}", flush=True)
     measured = []
     try:
@@ -80,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmarks() -> dict[str, Benchmark]:
     """The benchmark of each loss."""
-    from pydistill.bench import attention_relation, projected_mse, soft_target
+    from pydistill.bench import attention_relation, linear_soft_target, projected_mse, soft_target
 
-    found: list[Benchmark] = [soft_target, attention_relation, projected_mse]
+    found: list[Benchmark] = [soft_target, linear_soft_target, attention_relation, projected_mse]
     return {benchmark.LOSS: benchmark for benchmark in found}
 
 

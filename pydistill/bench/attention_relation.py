@@ -39,7 +39,7 @@ from pydistill.bench.rows import Row
 from pydistill.losses import attention_relation
 from pydistill.losses.attention_relation import split_heads
 
-LOSS = "attention_relation"
+LOSS = OP = "attention_relation"
 WORKLOADS = {
     "qk": "queries and keys",
     "vv": "self relation",

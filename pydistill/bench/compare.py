@@ -58,6 +58,10 @@ class Benchmark(Protocol):
     @property
     def LOSS(self) -> str: ...
     @property
+    def OP(self) -> str:
+        """The op whose kernel ours is made with."""
+
+    @property
     def SIZE_NAMES(self) -> tuple[str, ...]: ...
     @property
     def EXAMPLE_SIZE(self) -> str: ...

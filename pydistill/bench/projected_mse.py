@@ -38,7 +38,7 @@ from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
 from pydistill.losses import projected_mse
 
-LOSS = "projected_mse"
+LOSS = OP = "projected_mse"
 WORKLOADS = {
     "up": "the student projected to the teacher's size",
     "down": "the teacher projected to the student's size",

@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
+from pydistill.bench import liger
 from pydistill.bench.compare import CPU, Errors, Result, Size, Target, Workload, check, errors, has_kernel
 from pydistill.bench.gpu import on
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
 from pydistill.losses import soft_target
 
-LOSS = "soft_target"
+LOSS = OP = "soft_target"
 TEMPERATURE = 2.0
 WORKLOADS = {"kl": "KL alone at T=2", "kl+ce": "half hard-label cross-entropy"}
 HARD_WEIGHT = {"kl": 0.0, "kl+ce": 0.5}
-PROVIDERS = ("eager", "compile", "ours", "ours in place", "limit")
+PROVIDERS = ("eager", "compile", "liger", "ours", "ours in place", "limit")
 
 SIZE_NAMES = ("rows", "classes")
 EXAMPLE_SIZE = "4096x30522"
@@ -128,6 +129,7 @@ def provider_call(
     calls: Mapping[str, Callable[[], Result]] = {
         "eager": lambda: from_leaf(lambda: plain_loss(student, teacher, labels, hard_weight)),
         "compile": lambda: from_leaf(lambda: compiled(student, teacher, labels, hard_weight)),
+        "liger": lambda: from_leaf(lambda: liger.soft_target_loss(student, teacher, TEMPERATURE)),
         "ours": lambda: from_leaf(lambda: soft_target.soft_target_loss(student, teacher, **ours)),
         "ours in place": in_place,
     }
@@ -162,7 +164,8 @@ def stream_limit(problem: Problem) -> Callable[[], object]:
 
 def providers_here(device: torch.device = CPU) -> list[str]:
     """All providers that this installation can run: in place needs a compiled kernel."""
-    return [provider for provider in PROVIDERS if has_kernel(LOSS, device) or provider != "ours in place"]
+    there = {"ours in place": has_kernel(LOSS, device), "liger": liger.available(device)}
+    return [provider for provider in PROVIDERS if there.get(provider, True)]
 
 
 def limit_name(device: torch.device = CPU) -> str:
@@ -206,7 +209,9 @@ def workloads(
     rows, classes = size
     compiled = compiled_loss() if "compile" in providers else plain_loss
     problem = on(Problem.random(rows, classes, dtype), device)
-    found = {name: gate(problem, HARD_WEIGHT[name], providers, compiled) for name in names}
+    # Liger's divergence knows no labels.
+    measured = {name: [one for one in providers if one != "liger" or not HARD_WEIGHT[name]] for name in names}
+    found = {name: gate(problem, HARD_WEIGHT[name], measured[name], compiled) for name in names}
     limit = variant("limit", problem, 0.0, compiled)
     return [
         Workload(
@@ -214,7 +219,7 @@ def workloads(
             size,
             {
                 provider: limit if provider == "limit" else variant(provider, problem, HARD_WEIGHT[name], compiled)
-                for provider in providers
+                for provider in measured[name]
             },
             found[name],
             megabytes=problem.bytes_to_move(HARD_WEIGHT[name]) / 1e6,

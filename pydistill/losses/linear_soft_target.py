@@ -187,7 +187,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -
 def _add_product(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
     """total += gradient^T rows, without rounding the product of a chunk to the dtype of half-precision operands."""
     if gradient.is_cuda and gradient.dtype != total.dtype:
-        total += torch.mm(gradient.T, rows, out_dtype=total.dtype)
+        torch.addmm(total, gradient.T, rows, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(gradient.T.to(total.dtype), rows.to(total.dtype))
 
