@@ -79,6 +79,7 @@ bench: $(VENV)/.installed
 	$(BIN)/pydistill bench soft_target $(BENCH_ARGS)
 	$(BIN)/pydistill bench attention_relation $(BENCH_ARGS)
 	$(BIN)/pydistill bench projected_mse $(BENCH_ARGS)
+	$(BIN)/pydistill bench linear_soft_target $(BENCH_ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/tables.py

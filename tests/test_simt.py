@@ -88,25 +88,47 @@ PLANTED |= {
 }
 # The same of projected_mse.
 PLANTED_PROJECTION = {
-    "source_before_barrier": (
-        "      __syncthreads();\n      if (!source_there", "      if (!source_there", "projected_mse.cuh", "thread"
+    "tiles_overwritten": (
+        "      wait_for_copies();\n      __syncthreads();\n      if (turns",
+        "      wait_for_copies();\n      if (turns",
+        "projected_mse.cuh",
+        "thread",
     ),
     "copies_of_tiles_not_waited_for": (
-        "fetch_target(first_column);\n      wait_for_copies();", "fetch_target(first_column);", "projected_mse.cuh"
-    ),
-    "differences_before_barrier": (
-        "    __syncthreads();\n    if (!a.with_projection) continue;",
-        "    if (!a.with_projection) continue;",
+        "      wait_for_copies();\n      __syncthreads();\n      if (turns", "      __syncthreads();\n      if (turns",
         "projected_mse.cuh",
     ),
-    "invalid_rows_fetched": ("(valid == nullptr || valid[r] != 0)", "true", "projected_mse.cuh"),
+    "one_buffer": ("fetch_source(step % 2, row_of", "fetch_source(0, row_of", "projected_mse.cuh"),
+    "one_buffer_of_the_target": ("fetch_target(tile % 2, row_of", "fetch_target(0, row_of", "projected_mse.cuh"),
+    "part_before_barrier": (
+        "fetch_staying(which);\n        wait_for_copies();\n        __syncthreads();",
+        "fetch_staying(which);\n        wait_for_copies();",
+        "projected_mse.cuh",
+    ),
+    "own_part_not_last": ("return (part + 1 + turn) %", "return (part + turn) %", "projected_mse.cuh"),
+    "differences_before_barrier": (
+        "block.put_difference(y);\n    __syncthreads();", "block.put_difference(y);", "projected_mse.cuh"
+    ),
+    "differences_of_rows_before_barrier": (
+        "block.put_difference(y);\n      __syncthreads();", "block.put_difference(y);", "projected_mse.cuh"
+    ),
+    "half_of_a_row": (
+        "sums[k * tile_rows + threadIdx.x] += sums[(N + k) * tile_rows + threadIdx.x];", ";", "projected_mse.cuh"
+    ),
+    "invalid_rows_fetched": ("(mask == nullptr || mask[row + r])", "true", "projected_mse.cuh"),
     "columns_not_counted": ("columns - column - c))", "width))", "projected_mse.cuh", "address"),
     "bias_of_first_column": ("(a.bias)[c]", "(a.bias)[0]", "projected_mse.cuh"),
-    "not_transposed_left": ("load_matrices<true>(a,", "load_matrices<false>(a,", "matrix.cuh"),
-    "rest_of_difference_left_out": ("narrow(of_y - widen(*to), to[", "narrow(0.0f, to[", "projected_mse.cuh"),
-    "one_warp_of_bias": ("w < projected_threads / warp_size", "w < 1", "projected_mse.cuh"),
+    "not_transposed_left": (
+        "load_matrices<true>(a, from_x + k * pitch_x);\n#pragma unroll\n    for (int part",
+        "load_matrices<false>(a, from_x + k * pitch_x);\n#pragma unroll\n    for (int part",
+        "matrix.cuh",
+    ),
+    "rest_of_difference_left_out": (
+        "split<T>(left, right, leading, remaining);", "split<T>(left, right, leading, remaining), remaining = 0;",
+        "projected_mse.cuh",
+    ),
+    "one_group_of_bias": ("g < row_groups; ++g", "g < 1; ++g", "projected_mse.cuh"),
     "last_share_left_out": ("s < a.shares; ++s", "s < a.shares - 1; ++s", "projected_mse.cuh"),
-    "tile_of_source_gone": ("fetch_source(tile, part);", "fetch_source(tile, 0);", "projected_mse.cuh"),
     "gradient_beyond": ("row + r >= rows || count <= 0", "count <= 0", "projected_mse.cuh", "address"),
 }  # fmt: skip
 PLANTED |= {
@@ -117,7 +139,7 @@ PLANTED |= {
 OTHER_TYPES = {
     "soft_target": r"launch_divergence<__\w+>\(p, a, stream\)",
     "attention_relation": r"launcher\.all<(float|__half)>\(\)",
-    "projected_mse": r"launch_all<float, \w+, \w+>\(p, w, stream\)",
+    "projected_mse": r"launch_(all<float, \w+, float, single_features>\(p, w|half<__half>\(p, w, features), stream\)",
 }
 
 

@@ -8,6 +8,13 @@ namespace pyd {
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
+// Bytes of shared memory that a block of the current device may ask for.
+inline cudaError_t find_most_shared(int& bytes) {
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 // Launches a kernel of one parameter with so many bytes of shared memory; most have to be asked for, kernel by kernel.
 template <class Parameter>
 cudaError_t launch(void (*kernel)(Parameter), dim3 grid, int block, int64_t shared, cudaStream_t stream,

@@ -94,6 +94,16 @@ __device__ __forceinline__ void split(float x, float y, unsigned& leading, unsig
   memcpy(&rest, &low, sizeof(rest));
 }
 
+// The power of two at or below x >= 0, and its inverse, as far as both are normal numbers.
+__device__ __forceinline__ void power_of_two(float x, float& power, float& inverse) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const unsigned exponent = min(max(bits >> 23 & 255u, 1u), 253u);
+  const unsigned both[2] = {exponent << 23, (254 - exponent) << 23};
+  memcpy(&power, &both[0], sizeof(power));
+  memcpy(&inverse, &both[1], sizeof(inverse));
+}
+
 // Elements from one row of a tile in shared memory to the next: rows begin at multiples of 16 bytes, and eight of them
 // in a column lie in different banks.
 template <class S>
@@ -265,19 +275,71 @@ __device__ __forceinline__ void add_product_nn(float (&c)[M][4], const float (&g
   }
 }
 
-// c += g y^T for the warp's own g [16, 8 n] and y [8 m, 8 n] in shared memory; n and m even. In half precision g enters
-// as the sum of two numbers.
-template <class S, int N, int M>
-__device__ __forceinline__ void add_product_nt(float (&c)[M][4], const float (&g)[N][4], const S* y, int pitch_y,
-                                               float* spread) {
-  if constexpr (sizeof(S) == 2) {
-    const int lane = threadIdx.x % warp_size;
-    const S* const from_y = y + (lane / 16 * 8 + lane % 8) * pitch_y + lane / 8 % 2 * 8;
-    add_split_product<S>(
-        c, g, [&](unsigned (&b)[4], int n, int m) { load_matrices<false>(b, from_y + m * 8 * pitch_y + n * 8); });
-  } else {
-    spread_rows(g, spread);
-    add_product_nt(c, spread, pitch_of<float>(8 * N), y, pitch_y, 8 * N);
+// c += d y^T on the tensor cores, row by row times `scale`, for the warp's 16 rows of d [16, Depth] and y [8 n, Depth],
+// both in shared memory; n even, Depth a multiple of 16. d is the sum of two numbers in half precision, the second of
+// which lies `rest` behind the first. Only the first `columns` of y's rows, at least, are multiplied.
+template <class S, int Depth, int N>
+__device__ __forceinline__ void add_split_product_nt(float (&c)[N][4], const S* d, int rest, int pitch_d,
+                                                     const float (&scale)[2], const S* y, int pitch_y, int columns) {
+  constexpr int steps = Depth / 16;
+  const int lane = threadIdx.x % warp_size;
+  const S* const from_d = d + lane % 16 * pitch_d + lane / 16 * 8;
+  const S* const from_y = y + (lane / 16 * 8 + lane % 8) * pitch_y + lane / 8 % 2 * 8;
+  unsigned leading[steps][4], remaining[steps][4];
+#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+    load_matrices<false>(leading[k], from_d + 16 * k);
+    load_matrices<false>(remaining[k], from_d + rest + 16 * k);
+  }
+#pragma unroll
+  for (int n = 0; n < N; n += 2) {
+    if (n * 8 >= columns) continue;
+    float sum[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < steps; ++k) {
+      unsigned b[4];
+      load_matrices<false>(b, from_y + n * 8 * pitch_y + 16 * k);
+      multiply_add<S>(sum[0], remaining[k], b[0], b[1]);
+      multiply_add<S>(sum[1], remaining[k], b[2], b[3]);
+      multiply_add<S>(sum[0], leading[k], b[0], b[1]);
+      multiply_add<S>(sum[1], leading[k], b[2], b[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[n][i] = fmaf(scale[i / 2], sum[0][i], c[n][i]);
+      c[n + 1][i] = fmaf(scale[i / 2], sum[1][i], c[n + 1][i]);
+    }
+  }
+}
+
+// c += x^T d on the tensor cores, column by column times `scale`, for 16 columns of x [Depth, 16] and d [Depth, 8 n] as
+// above.
+template <class S, int Depth, int N>
+__device__ __forceinline__ void add_split_product_tn(float (&c)[N][4], const S* x, int pitch_x, const S* d, int rest,
+                                                     int pitch_d, const float (&scale)[N][2]) {
+  const int lane = threadIdx.x % warp_size;
+  const S* const from_x = x + (lane / 16 * 8 + lane % 8) * pitch_x + lane / 8 % 2 * 8;
+  const S* const from_d = d + lane % 16 * pitch_d + lane / 16 * 8;
+  float sum[N][4] = {};
+#pragma unroll
+  for (int k = 0; k < Depth; k += 16) {
+    unsigned a[4];
+    load_matrices<true>(a, from_x + k * pitch_x);
+#pragma unroll
+    for (int part = 1; part >= 0; --part) {
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        unsigned b[4];
+        load_matrices<true>(b, from_d + part * rest + k * pitch_d + n * 8);
+        multiply_add<S>(sum[n], a, b[0], b[1]);
+        multiply_add<S>(sum[n + 1], a, b[2], b[3]);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = fmaf(scale[n][i % 2], sum[n][i], c[n][i]);
   }
 }
 

@@ -73,9 +73,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projected_mse(
                               p.student.device(), std::nullopt, /*non_blocking=*/true);
     cuda.num_items = static_cast<const double*>(items.const_data_ptr());
   }
-  Tensor workspace = fresh(true, {projected_mse_workspace(cuda)}, ScalarType::Byte);
-  cuda.workspace = workspace.mutable_data_ptr();
   const OnDevice device(p.student);
+  int64_t bytes = 0;
+  check_launch("projected_mse", projected_mse_workspace(cuda, bytes));
+  Tensor workspace = fresh(true, {bytes}, ScalarType::Byte);
+  cuda.workspace = workspace.mutable_data_ptr();
   check_launch("projected_mse", launch_projected_mse(cuda, device.stream()));
   return {loss, grad_student, grad_projection, grad_bias, gradient_scale};
 }

@@ -10,8 +10,21 @@
 namespace pyd {
 namespace {
 
-constexpr int64_t busy_blocks = 512;  // as many as keep a large device busy
 constexpr int end_threads = 256;
+
+// How many features of the source a block has at a time.
+cudaError_t find_features(const ProjectedMseCuda& p, int& features) {
+  int most_shared = 0;
+  if (const auto error = find_most_shared(most_shared)) return error;
+  if (p.projection_dtype == Dtype::f32)
+    features = single_features;
+  else
+    features = p.source.size > fewer_features &&
+                       projected_shared<__half, __half, most_features>(true).bytes <= most_shared
+                   ? most_features
+                   : fewer_features;
+  return cudaSuccess;
+}
 
 // What kernels hand to each other, in one piece of memory.
 struct Workspace {
@@ -19,12 +32,12 @@ struct Workspace {
   float *directions, *parts;
   int64_t share, shares, bytes;
 
-  explicit Workspace(const ProjectedMseCuda& p) {
+  Workspace(const ProjectedMseCuda& p, int features) {
     const int64_t k = p.source.size, m = p.target.size;
     const bool wanted = p.grad_projection != nullptr || p.grad_bias != nullptr;
-    // As many rows to a share whatever is asked for: the same bits.
-    const int64_t tiles = blocks_of(m, tile_columns) * blocks_of(k, tile_features);
-    share = std::max<int64_t>(1, blocks_of(blocks_of(p.rows, tile_rows), blocks_of(busy_blocks, tiles))) * tile_rows;
+    // As many blocks as keep a large device busy, and as many rows to a share whatever is asked for: the same bits.
+    const int64_t tiles = blocks_of(m, tile_columns) * blocks_of(k, features), busy = 160 * blocks_at_once(features);
+    share = std::max<int64_t>(1, blocks_of(blocks_of(p.rows, tile_rows), blocks_of(busy, tiles))) * tile_rows;
     shares = wanted ? blocks_of(p.rows, share) : 0;
     Carver carver{static_cast<char*>(p.workspace)};
     carver.take(factors, 3);
@@ -35,7 +48,7 @@ struct Workspace {
   }
 };
 
-template <class T, class S, class W>
+template <class T, class S, class W, int F>
 cudaError_t launch_all(const ProjectedMseCuda& p, const Workspace& w, cudaStream_t stream) {
   const auto vectors = [](const MatrixCuda& m, int64_t element) {
     return reinterpret_cast<uintptr_t>(m.data) % vector_bytes == 0 && m.size * element % vector_bytes == 0 &&
@@ -66,23 +79,22 @@ cudaError_t launch_all(const ProjectedMseCuda& p, const Workspace& w, cudaStream
   a.with_projection = p.grad_projection != nullptr;
   a.with_bias = p.grad_bias != nullptr;
 
-  const bool wide = p.source.size > tile_features;
-  const int64_t over_rows = projected_shared<T, S>(wide, false).bytes;
+  constexpr int64_t over_rows = projected_shared<T, S, F>(false).bytes;
+  constexpr int64_t over_projection = projected_shared<T, S, F>(true).bytes;
   const auto blocks = static_cast<unsigned>(blocks_of(p.rows, tile_rows));
-  const auto features = static_cast<unsigned>(blocks_of(p.source.size, tile_features));
+  const auto features = static_cast<unsigned>(blocks_of(p.source.size, F));
   if (blocks > 0) {
     if (p.normalize)
-      if (const auto error = launch(row_directions<T, S, W>, dim3(blocks), projected_threads, over_rows, stream, a))
+      if (const auto error = launch(row_directions<T, S, W, F>, dim3(blocks), projected_threads, over_rows, stream, a))
         return error;
     const unsigned parts = p.grad_source.data != nullptr ? features : 1;
     if (const auto error =
-            launch(projected_mse_rows<T, S, W>, dim3(blocks, parts), projected_threads, over_rows, stream, a))
+            launch(projected_mse_rows<T, S, W, F>, dim3(blocks, parts), projected_threads, over_rows, stream, a))
       return error;
     if (a.with_projection || a.with_bias) {
       const dim3 grid(static_cast<unsigned>(blocks_of(p.target.size, tile_columns)), a.with_projection ? features : 1,
                       static_cast<unsigned>(w.shares));
-      if (const auto error = launch(projected_mse_projection<T, S, W>, grid, projected_threads,
-                                    projected_shared<T, S>(wide, true).bytes, stream, a))
+      if (const auto error = launch(projected_mse_projection<T, S, W, F>, grid, projected_threads, over_projection, stream, a))
         return error;
     }
   }
@@ -96,25 +108,37 @@ cudaError_t launch_all(const ProjectedMseCuda& p, const Workspace& w, cudaStream
   return cudaGetLastError();
 }
 
+template <class S>
+cudaError_t launch_half(const ProjectedMseCuda& p, const Workspace& w, int features, cudaStream_t stream) {
+  if (p.projection_dtype == Dtype::f32) return launch_all<float, S, float, single_features>(p, w, stream);
+  return features == most_features ? launch_all<S, S, S, most_features>(p, w, stream)
+                                   : launch_all<S, S, S, fewer_features>(p, w, stream);
+}
+
 }  // namespace
 
-int64_t projected_mse_workspace(const ProjectedMseCuda& p) { return Workspace(p).bytes; }
+int projected_mse_workspace(const ProjectedMseCuda& p, int64_t& bytes) {
+  int features = 0;
+  if (const auto error = find_features(p, features)) return error;
+  bytes = Workspace(p, features).bytes;
+  return cudaSuccess;
+}
 
 int launch_projected_mse(const ProjectedMseCuda& p, void* stream_handle) {
-  const Workspace w(p);
+  int features = 0;
+  if (const auto error = find_features(p, features)) return error;
+  const Workspace w(p, features);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   PYD_LAUNCH(projected_mse_factors, 1, 1024, (reduction_bytes<double, 1>), stream, p.mask, p.rows, p.num_items,
              p.target.size, p.mean, p.by_row, p.dtype == Dtype::f16, w.factors, p.gradient_scale);
   if (const auto error = cudaGetLastError()) return error;
-  const bool same = p.projection_dtype == p.dtype;
   switch (p.dtype) {
     case Dtype::f32:
-      return launch_all<float, float, float>(p, w, stream);
+      return launch_all<float, float, float, single_features>(p, w, stream);
     case Dtype::bf16:
-      return same ? launch_all<__nv_bfloat16, __nv_bfloat16, __nv_bfloat16>(p, w, stream)
-                  : launch_all<float, __nv_bfloat16, float>(p, w, stream);
+      return launch_half<__nv_bfloat16>(p, w, features, stream);
     case Dtype::f16:
-      return same ? launch_all<float, __half, __half>(p, w, stream) : launch_all<float, __half, float>(p, w, stream);
+      return launch_half<__half>(p, w, features, stream);
     case Dtype::f64:
       break;
   }

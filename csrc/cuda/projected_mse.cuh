@@ -7,13 +7,16 @@
 // With u = y / |y|, v = t / |t| and c = <u, v> (normalize), d = u - v, and (c u - v) / |y| stands for d in the
 // gradients, (c v - u) / |t| for -d.
 //
-// A block of threads makes y again, `tile_rows` by `tile_columns` at a time: projected_mse_rows walks the features
+// A block of threads makes y again, `tile_rows` by `tile_columns` at a time: projected_mse_rows walks the columns of y
 // under a block of rows, for their values and the gradient of their side; projected_mse_projection walks the rows over
-// a tile of P, for its gradient. Rows are shared out to several blocks there, whose parts are added in a fixed order at
-// the end, as are the values: the same bits every time.
+// `tile_columns` columns of P, for its gradient. Both have up to F features of the source in shared memory at a time,
+// and a block makes that many of the gradient: y is made once by each kernel where all features fit, else once for each
+// part of them. The tiles of the next step are fetched while this one computes. Rows are shared out to several blocks
+// of projected_mse_projection, whose parts are added in a fixed order at the end, as are the values: the same bits
+// every time.
 //
-// Products of bf16 run on tensor cores: x P is exact up to its sum, and d enters the other two as the sum of two
-// numbers of bf16. All others run in fp32: a difference in fp16 may be too small for its own second half.
+// Products of half precision run on tensor cores: x P is exact up to its sum, and d enters the other two as the sum of
+// two such numbers. fp16 has no range for that: there a power of two brings each row, or column, of d to the size of 1.
 #pragma once
 
 #include "matrix.cuh"
@@ -24,10 +27,14 @@ namespace pyd {
 
 constexpr int tile_rows = 64;
 constexpr int tile_columns = 32;
-constexpr int tile_features = 64;
-constexpr int projected_threads = tile_rows / 16 * warp_size;
-constexpr int column_tiles = tile_columns / 8;
-constexpr int feature_tiles = tile_features / 8;
+constexpr int projected_threads = 256;
+constexpr int row_groups = tile_rows / 16;                                         // each of 16 rows
+constexpr int warp_columns = tile_columns / (projected_threads / warp_size / row_groups);  // of y that a warp makes
+constexpr int column_tiles = warp_columns / 8;
+// Features of the source that a block has at a time, in half precision: many where a block may have the shared memory
+// for it; in fp32.
+constexpr int most_features = 384, fewer_features = 128, single_features = 96;
+constexpr int blocks_at_once(int features) { return features > fewer_features ? 1 : 2; }
 constexpr float shortest = 1e-12f;  // length of a row below which it has no direction
 
 // What a block is told; S is how sides are stored, W how the projection is.
@@ -71,15 +78,16 @@ __global__ void __launch_bounds__(1024)
 
 // --------------------------------------------------------------------------- tiles
 
-// Where things lie in a block's shared memory, in bytes. A source whose features fit at once stays there, with its part
-// of the projection; else both are walked through.
+// Where things lie in a block's shared memory, in bytes. Of what changes from step to step there are two: the
+// projection and the target over rows, the source and the target over the projection.
 struct ProjectedShared {
-  int slots, valid, spread, source, projection, target, part, difference;
+  int slots, largest, source, projection, target, difference;
+  int one_source, one_projection, one_target, one_difference;
   int bytes;
 };
 
-template <class T, class S>
-__host__ __device__ constexpr ProjectedShared projected_shared(bool wide, bool over_projection) {
+template <class T, class S, int F>
+__host__ __device__ constexpr ProjectedShared projected_shared(bool over_projection) {
   ProjectedShared s{};
   int at = 0;
   const auto take = [&at](int bytes) {
@@ -87,36 +95,32 @@ __host__ __device__ constexpr ProjectedShared projected_shared(bool wide, bool o
     at += (bytes + vector_bytes - 1) / vector_bytes * vector_bytes;
     return begin;
   };
-  constexpr int of_source = tile_rows * pitch_of<T>(tile_features) * static_cast<int>(sizeof(T));
-  constexpr int of_projection = tile_features * pitch_of<T>(tile_columns) * static_cast<int>(sizeof(T));
-  constexpr int of_target = tile_rows * pitch_of<S>(tile_columns) * static_cast<int>(sizeof(S));
-  constexpr int of_difference = tile_rows * pitch_of<T>(tile_columns) * static_cast<int>(sizeof(T));
-  s.slots = take(over_projection ? tile_rows / 16 * tile_columns * 4 : reduction_bytes<double, 1>);
-  s.valid = take(tile_rows * 4);
-  s.spread = take(over_projection ? 0 : tile_rows / 16 * spread_bytes<T, column_tiles>);
-  s.source = take(of_source);
-  s.projection = take(of_projection);
-  s.target = take(of_target);
-  s.part = take(!wide ? 0 : over_projection ? of_source : of_projection);
-  s.difference = take(!over_projection ? 0 : sizeof(T) == 2 ? 2 * of_difference : of_difference);
+  s.one_source = tile_rows * pitch_of<T>(F) * static_cast<int>(sizeof(T));
+  s.one_projection = F * pitch_of<T>(tile_columns) * static_cast<int>(sizeof(T));
+  s.one_target = tile_rows * pitch_of<S>(tile_columns) * static_cast<int>(sizeof(S));
+  s.one_difference = tile_rows * pitch_of<T>(tile_columns) * static_cast<int>(sizeof(T));
+  s.slots = take(over_projection ? row_groups * tile_columns * 4 : reduction_bytes<double, 1>);
+  s.largest = take(std::is_same_v<T, __half> ? row_groups * tile_columns * 4 : 0);
+  s.source = take(over_projection ? 2 * s.one_source : s.one_source);
+  s.projection = take(over_projection ? s.one_projection : 2 * s.one_projection);
+  s.target = take(2 * s.one_target);
+  s.difference = take(sizeof(T) == 2 ? 2 * s.one_difference : s.one_difference);
   s.bytes = at;
   return s;
 }
 
-// Copies a tile of a matrix to shared memory, [rows, columns], as numbers of type T; zero where there are none. Rows
-// that `valid` does not name are not read.
-template <class T, class S>
-__device__ __forceinline__ void fetch_tile(T* tile, int pitch, const S* data, int64_t stride, bool vectors,
-                                           const int* valid, int64_t row, int64_t rows, int column, int columns,
-                                           int tile_height, int tile_width) {
-  constexpr int width = vector_bytes / sizeof(T);
-  const int pieces = tile_width / width;
-  for (int i = threadIdx.x; i < tile_height * pieces; i += projected_threads) {
+// Copies a tile of a matrix to shared memory, [height, width], as numbers of type T; zero where there are none. Rows
+// that do not count are not read.
+template <int Height, int Width, class T, class S>
+__device__ __forceinline__ void fetch_tile(T* tile, const S* data, int64_t stride, bool vectors, const bool* mask,
+                                           int64_t row, int64_t rows, int column, int columns) {
+  constexpr int width = vector_bytes / sizeof(T), pieces = Width / width;
+  for (int i = threadIdx.x; i < Height * pieces; i += projected_threads) {
     const int r = i / pieces, c = (i - r * pieces) * width;
-    const bool there = row + r < rows && (valid == nullptr || valid[r] != 0);
+    const bool there = row + r < rows && (mask == nullptr || mask[row + r]);
     const int given = there ? max(0, min(width, columns - column - c)) : 0;
     const S* const from = data + (given > 0 ? (row + r) * stride + column + c : 0);
-    T* const to = tile + r * pitch + c;
+    T* const to = tile + r * pitch_of<T>(Width) + c;
     if constexpr (std::is_same_v<T, S>) {
       if (vectors) {
         copy_16(to, from, given * static_cast<int>(sizeof(T)));
@@ -128,81 +132,143 @@ __device__ __forceinline__ void fetch_tile(T* tile, int pitch, const S* data, in
   }
 }
 
-// The rows of a block and what its threads know of their two. T is the type of products.
-template <class T, class S, class W>
+// What a block knows, and what its threads know of their part of a tile of y: the warp's 16 rows and `warp_columns`
+// columns, of which a thread has two rows. T is the type of products, F how many features are there at a time.
+template <class T, class S, class W, int F, bool OverProjection>
 struct ProjectedBlock {
   const ProjectedRows& a;
-  const ProjectedShared& layout;
   unsigned char* shared;
-  int64_t begin, end;  // rows
+  int part;  // which features of the source the block makes a gradient of
+  static constexpr ProjectedShared layout = projected_shared<T, S, F>(OverProjection);
+  static constexpr int source_pitch = pitch_of<T>(F), pitch = pitch_of<T>(tile_columns),
+                       target_pitch = pitch_of<S>(tile_columns);
 
   template <class U>
   __device__ __forceinline__ U* at(int offset) const {
     return reinterpret_cast<U*>(shared + offset);
   }
-  __device__ __forceinline__ bool wide() const { return a.source.size > tile_features; }
+  __device__ __forceinline__ T* source(int buffer) const { return at<T>(layout.source + buffer * layout.one_source); }
+  __device__ __forceinline__ T* projection(int buffer) const {
+    return at<T>(layout.projection + buffer * layout.one_projection);
+  }
+  __device__ __forceinline__ S* target(int buffer) const { return at<S>(layout.target + buffer * layout.one_target); }
+  __device__ __forceinline__ T* difference() const { return at<T>(layout.difference); }
+  static constexpr int rest = layout.one_difference / static_cast<int>(sizeof(T));  // behind the leading parts
+
   __device__ __forceinline__ int warp() const { return static_cast<int>(threadIdx.x) / warp_size; }
-  // In the block, of the upper of a thread's rows; the other is 8 below.
-  __device__ __forceinline__ int row() const { return warp() * 16 + static_cast<int>(threadIdx.x) % warp_size / 4; }
+  __device__ __forceinline__ int group() const { return warp() % row_groups; }
+  __device__ __forceinline__ int across() const { return warp() / row_groups; }
+  // In the tile, of the upper of a thread's rows; the other is 8 below.
+  __device__ __forceinline__ int row() const { return group() * 16 + static_cast<int>(threadIdx.x) % warp_size / 4; }
+  __device__ __forceinline__ int lane_column() const { return static_cast<int>(threadIdx.x) % 4 * 2; }
   __device__ __forceinline__ int column(int n, int i) const {
-    return n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+    return across() * warp_columns + n * 8 + lane_column() + i % 2;
   }
-  __device__ __forceinline__ bool valid(int i) const { return at<int>(layout.valid)[row() + i / 2 * 8] != 0; }
-
-  __device__ __forceinline__ void find_valid() const {
-    if (threadIdx.x < tile_rows) {
-      const int64_t r = begin + threadIdx.x;
-      at<int>(layout.valid)[threadIdx.x] = r < end && (a.mask == nullptr || a.mask[r]);
-    }
-    __syncthreads();
+  __device__ __forceinline__ bool valid(int64_t r, int64_t end) const {
+    return r < end && (a.mask == nullptr || a.mask[r]);
   }
 
-  __device__ __forceinline__ void fetch_source(T* tile, int first) const {
-    fetch_tile<T, S>(tile, pitch_of<T>(tile_features), static_cast<const S*>(a.source.data), a.source.stride,
-                     a.source_vectors, at<int>(layout.valid), begin, end, first, a.source.size, tile_rows,
-                     tile_features);
+  // Parts of the source are taken in turn, the block's own last: it is there when y is complete.
+  __device__ __forceinline__ int parts() const { return (a.source.size + F - 1) / F; }
+  __device__ __forceinline__ int part_of(int turn) const { return (part + 1 + turn) % parts(); }
+
+  __device__ __forceinline__ void fetch_source(int buffer, int64_t begin, int64_t end, int which) const {
+    fetch_tile<tile_rows, F>(source(buffer), static_cast<const S*>(a.source.data), a.source.stride, a.source_vectors,
+                             a.mask, begin, end, which * F, a.source.size);
   }
-  __device__ __forceinline__ void fetch_projection(T* tile, int first, int column) const {
-    fetch_tile<T, W>(tile, pitch_of<T>(tile_columns), static_cast<const W*>(a.projection), a.target.size,
-                     a.projection_vectors, nullptr, first, a.source.size, column, a.target.size, tile_features,
-                     tile_columns);
+  __device__ __forceinline__ void fetch_projection(int buffer, int which, int column) const {
+    fetch_tile<F, tile_columns>(projection(buffer), static_cast<const W*>(a.projection), a.target.size,
+                                a.projection_vectors, nullptr, which * F, a.source.size, column, a.target.size);
   }
-  __device__ __forceinline__ void fetch_target(int column) const {
-    fetch_tile<S, S>(at<S>(layout.target), pitch_of<S>(tile_columns), static_cast<const S*>(a.target.data),
-                     a.target.stride, a.target_vectors, at<int>(layout.valid), begin, end, column, a.target.size,
-                     tile_rows, tile_columns);
+  __device__ __forceinline__ void fetch_target(int buffer, int64_t begin, int64_t end, int column) const {
+    fetch_tile<tile_rows, tile_columns>(target(buffer), static_cast<const S*>(a.target.data), a.target.stride,
+                                        a.target_vectors, a.mask, begin, end, column, a.target.size);
   }
 
-  // A tile of y, and of the target; 0 where a row does not count and beyond the features. A source that is not wide, or
-  // that part of the projection, is in shared memory before (`source_there`, `projection_there`) and in any case after.
-  __device__ __forceinline__ void project(int first_column, bool source_there, bool projection_there,
-                                          float (&y)[column_tiles][4], float (&t)[column_tiles][4]) const {
+  // Makes y, a tile after the other: columns under the rows from `begin` on, or rows up to `end` over the columns from
+  // `first` on. Calls body(row, column, y, target, moving) with where the tile begins, the tile of the target, and in
+  // which of two the block's own part of what changes from step to step lies.
+  template <class Body>
+  __device__ __forceinline__ void walk(int64_t begin, int64_t end, int first, Body&& body) const {
+    const int turns = parts();
+    const int tiles = OverProjection ? static_cast<int>((end - begin + tile_rows - 1) / tile_rows)
+                                     : (a.target.size + tile_columns - 1) / tile_columns;
+    const auto row_of = [&](int tile) { return OverProjection ? begin + int64_t{tile} * tile_rows : begin; };
+    const auto column_of = [&](int tile) { return OverProjection ? first : first + tile * tile_columns; };
+    const auto fetch_moving = [&](int step) {
+      const int tile = step / turns, which = part_of(step % turns);
+      if (OverProjection)
+        fetch_source(step % 2, row_of(tile), end, which);
+      else
+        fetch_projection(step % 2, which, column_of(tile));
+      if (step % turns == 0) fetch_target(tile % 2, row_of(tile), end, column_of(tile));
+    };
+    const auto fetch_staying = [&](int which) {
+      if (OverProjection)
+        fetch_projection(0, which, first);
+      else
+        fetch_source(0, begin, end, which);
+    };
+    if (turns == 1) fetch_staying(0);
+    fetch_moving(0);
+    float y[column_tiles][4];
+    for (int step = 0; step < tiles * turns; ++step) {
+      const int tile = step / turns, turn = step % turns, which = part_of(turn), moving = step % 2;
+      if (turn == 0) {
 #pragma unroll
-    for (int n = 0; n < column_tiles; ++n) {
+        for (int n = 0; n < column_tiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[n][i] = 0;
-    }
-    T *const source = at<T>(layout.source), *const projection = at<T>(layout.projection);
-    for (int first = 0; first < a.source.size; first += tile_features) {
-      __syncthreads();
-      if (!source_there || wide()) fetch_source(source, first);
-      if (!projection_there || wide()) fetch_projection(projection, first, first_column);
-      if (first == 0) fetch_target(first_column);
+          for (int i = 0; i < 4; ++i) y[n][i] = 0;
+        }
+      }
       wait_for_copies();
       __syncthreads();
-      add_product_nn<T>(y, source + warp() * 16 * pitch_of<T>(tile_features), pitch_of<T>(tile_features), projection,
-                        pitch_of<T>(tile_columns), tile_features);
+      if (turns > 1) {
+        fetch_staying(which);
+        wait_for_copies();
+        __syncthreads();
+      }
+      // Into what the last step is done with.
+      if (step + 1 < tiles * turns) fetch_moving(step + 1);
+      const int depth = min(F, (a.source.size - which * F + 15) / 16 * 16);
+      add_product_nn<T>(y, source(OverProjection ? moving : 0) + group() * 16 * source_pitch, source_pitch,
+                        projection(OverProjection ? 0 : moving) + across() * warp_columns, pitch, depth);
+      if (turn == turns - 1) body(row_of(tile), column_of(tile), y, target(tile % 2), moving);
     }
-    const S* const target = at<S>(layout.target);
+  }
+
+  // Adds the bias to y, and reads the target; both 0 where a row does not count and beyond the columns.
+  __device__ __forceinline__ void finish(int first_column, const bool (&valid)[2], const S* target,
+                                         float (&y)[column_tiles][4], float (&t)[column_tiles][4]) const {
 #pragma unroll
     for (int n = 0; n < column_tiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = first_column + column(n, i);
-        t[n][i] = widen(target[(row() + i / 2 * 8) * pitch_of<S>(tile_columns) + column(n, i)]);
-        const bool counts = c < a.target.size && valid(i);
+        t[n][i] = widen(target[(row() + i / 2 * 8) * target_pitch + column(n, i)]);
+        const bool counts = c < a.target.size && valid[i / 2];
         if (counts && a.bias != nullptr) y[n][i] += widen(static_cast<const W*>(a.bias)[c]);
         if (!counts) y[n][i] = 0;
+      }
+    }
+  }
+
+  // Puts the thread's part of d into shared memory.
+  __device__ __forceinline__ void put_difference(const float (&d)[column_tiles][4]) const {
+#pragma unroll
+    for (int n = 0; n < column_tiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        T* const to = difference() + (row() + 8 * half) * pitch + column(n, 0);
+        const float left = d[n][2 * half], right = d[n][2 * half + 1];
+        if constexpr (sizeof(T) == 2) {
+          unsigned leading, remaining;
+          split<T>(left, right, leading, remaining);
+          *reinterpret_cast<unsigned*>(to) = leading;
+          *reinterpret_cast<unsigned*>(to + rest) = remaining;
+        } else {
+          store(Vector<float, 2>{left, right}, to);
+        }
       }
     }
   }
@@ -240,16 +306,42 @@ __device__ __forceinline__ float inverse_length(float squares) {
 
 // --------------------------------------------------------------------------- rows
 
-template <class T, class S, class W>
-__global__ void __launch_bounds__(projected_threads, 4) row_directions(const __grid_constant__ ProjectedRows a) {
+// Each thread's sums over its part of two rows become those of whole rows, [sums][tile_rows] in shared memory: over the
+// lanes of a row, then over the warps across, in order.
+template <int N, class Block>
+__device__ __forceinline__ const float* sums_of_rows(const Block& block, float (&upper)[N], float (&lower)[N]) {
+  constexpr int warps = tile_columns / warp_columns;
+  static_assert(warps == 2 && N * warps * tile_rows * 4 <= Block::layout.one_difference);
+  float* const sums = block.template at<float>(Block::layout.difference);
+  reduce_within_warp<Sum>(0xffffffffu, 4, upper);
+  reduce_within_warp<Sum>(0xffffffffu, 4, lower);
+  __syncthreads();
+  if (threadIdx.x % 4 == 0) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      float* const to = sums + (block.across() * N + k) * tile_rows + block.row();
+      to[0] = upper[k];
+      to[8] = lower[k];
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < tile_rows) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) sums[k * tile_rows + threadIdx.x] += sums[(N + k) * tile_rows + threadIdx.x];
+  }
+  return sums;
+}
+
+template <class T, class S, class W, int F>
+__global__ void __launch_bounds__(projected_threads, blocks_at_once(F)) row_directions(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
-  const ProjectedShared layout = projected_shared<T, S>(a.source.size > tile_features, false);
-  const ProjectedBlock<T, S, W> block{a, layout, shared, int64_t{blockIdx.x} * tile_rows, a.rows};
-  block.find_valid();
+  const ProjectedBlock<T, S, W, F, false> block{a, shared, 0};
+  const int64_t begin = int64_t{blockIdx.x} * tile_rows;
+  const bool valid[2] = {block.valid(begin + block.row(), a.rows), block.valid(begin + block.row() + 8, a.rows)};
   float sums[2][3] = {};
-  for (int first = 0; first < a.target.size; first += tile_columns) {
-    float y[column_tiles][4], t[column_tiles][4];
-    block.project(first, first > 0, false, y, t);
+  block.walk(begin, a.rows, 0, [&](int64_t, int first, float(&y)[column_tiles][4], const S* target, int) {
+    float t[column_tiles][4];
+    block.finish(first, valid, target, y, t);
 #pragma unroll
     for (int n = 0; n < column_tiles; ++n) {
 #pragma unroll
@@ -259,17 +351,15 @@ __global__ void __launch_bounds__(projected_threads, 4) row_directions(const __g
         sums[i / 2][2] = fmaf(y[n][i], t[n][i], sums[i / 2][2]);
       }
     }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    reduce_within_warp<Sum>(0xffffffffu, 4, sums[half]);
-    if (threadIdx.x % 4 != 0 || !block.valid(2 * half)) continue;
-    const float inverse_y = inverse_length(sums[half][0]), inverse_t = inverse_length(sums[half][1]);
-    float* const to = a.directions + 3 * (block.begin + block.row() + 8 * half);
-    to[0] = inverse_y;
-    to[1] = inverse_t;
-    to[2] = sums[half][2] * inverse_y * inverse_t;
-  }
+  });
+  const float* const total = sums_of_rows(block, sums[0], sums[1]) + threadIdx.x;
+  const int64_t r = begin + threadIdx.x;
+  if (threadIdx.x >= tile_rows || !block.valid(r, a.rows)) return;
+  const float inverse_y = inverse_length(total[0]), inverse_t = inverse_length(total[tile_rows]);
+  float* const to = a.directions + 3 * r;
+  to[0] = inverse_y;
+  to[1] = inverse_t;
+  to[2] = total[2 * tile_rows] * inverse_y * inverse_t;
 }
 
 // Writes a warp's [16, width] numbers, which lie in its own rows of a tile, by whole vectors where they are aligned.
@@ -292,26 +382,27 @@ __device__ __forceinline__ void store_rows(const S* tile, int pitch, int tile_wi
   }
 }
 
-// Values of a block of rows, one by one or their sum, and the gradient of their source (tile_features of its features)
-// or of their target.
-template <class T, class S, class W>
-__global__ void __launch_bounds__(projected_threads, 3) projected_mse_rows(const __grid_constant__ ProjectedRows a) {
+// Values of a block of rows, one by one or their sum, and the gradient of their source (a part of its features) or of
+// their target.
+template <class T, class S, class W, int F>
+__global__ void __launch_bounds__(projected_threads, blocks_at_once(F)) projected_mse_rows(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
-  const bool wide = a.source.size > tile_features;
-  const ProjectedShared layout = projected_shared<T, S>(wide, false);
-  const ProjectedBlock<T, S, W> block{a, layout, shared, int64_t{blockIdx.x} * tile_rows, a.rows};
-  block.find_valid();
-  const int part = static_cast<int>(blockIdx.y) * tile_features;
-  float* const spread = reinterpret_cast<float*>(shared + layout.spread + block.warp() * spread_bytes<T, column_tiles>);
+  const ProjectedBlock<T, S, W, F, false> block{a, shared, static_cast<int>(blockIdx.y)};
+  using Block = ProjectedBlock<T, S, W, F, false>;
+  constexpr int warp_features = F / (tile_columns / warp_columns), feature_tiles = warp_features / 8;
+  const int64_t begin = int64_t{blockIdx.x} * tile_rows;
+  // The warp's features: those of the block are shared out to the warps that have the same rows.
+  const int in_block = block.across() * warp_features, feature = block.part * F + in_block;
   Direction direction[2];
-  float factor[2], value[2] = {0, 0};
+  bool valid[2];
+  float factor[2], value[2][1] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t r = block.begin + block.row() + 8 * half;
-    const bool valid = block.valid(2 * half);
-    direction[half] = direction_of(a.directions, r, valid);
+    const int64_t r = begin + block.row() + 8 * half;
+    valid[half] = block.valid(r, a.rows);
+    direction[half] = direction_of(a.directions, r, valid[half]);
     factor[half] = static_cast<float>(a.factors[1]);
-    if (a.row_weights != nullptr) factor[half] *= valid ? a.row_weights[r] : 0.0f;
+    if (a.row_weights != nullptr) factor[half] *= valid[half] ? a.row_weights[r] : 0.0f;
   }
   float total[feature_tiles][4];
 #pragma unroll
@@ -319,165 +410,229 @@ __global__ void __launch_bounds__(projected_threads, 3) projected_mse_rows(const
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[m][i] = 0;
   }
-  for (int first = 0; first < a.target.size; first += tile_columns) {
-    float y[column_tiles][4], t[column_tiles][4];
-    block.project(first, first > 0, false, y, t);
+  block.walk(begin, a.rows, 0, [&](int64_t, int first, float(&y)[column_tiles][4], S* target, int moving) {
+    float t[column_tiles][4];
+    block.finish(first, valid, target, y, t);
 #pragma unroll
     for (int n = 0; n < column_tiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float d, of_y, of_t;
         direction[i / 2].slopes(y[n][i], t[n][i], a.directions != nullptr, d, of_y, of_t);
-        value[i / 2] = fmaf(d, d, value[i / 2]);
+        value[i / 2][0] = fmaf(d, d, value[i / 2][0]);
         y[n][i] = of_y;
         t[n][i] = of_t;
       }
     }
     if (a.grad_source.data != nullptr) {
-      const T* projection = block.template at<T>(layout.projection);
-      if (wide) {
-        T* const tile = block.template at<T>(layout.part);
-        block.fetch_projection(tile, part, first);
-        wait_for_copies();
+      float scale[2] = {1, 1};
+      if constexpr (std::is_same_v<T, __half>) {
+        float largest[2] = {0, 0};
+#pragma unroll
+        for (int n = 0; n < column_tiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], fabsf(y[n][i]));
+        }
+        reduce_within_warp<Maximum>(0xffffffffu, 4, largest);
+        float* const all = block.template at<float>(Block::layout.largest);
+        if (threadIdx.x % 4 == 0) {
+          all[block.across() * tile_rows + block.row()] = largest[0];
+          all[block.across() * tile_rows + block.row() + 8] = largest[1];
+        }
         __syncthreads();
-        projection = tile;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = block.row() + 8 * half;
+          float inverse;
+          power_of_two(fmaxf(all[r], all[tile_rows + r]), scale[half], inverse);
+#pragma unroll
+          for (int n = 0; n < column_tiles; ++n) {
+            y[n][2 * half] *= inverse;
+            y[n][2 * half + 1] *= inverse;
+          }
+        }
       }
-      add_product_nt<T>(total, y, projection, pitch_of<T>(tile_columns), spread);
+      block.put_difference(y);
+      __syncthreads();
+      const T* const d = block.difference() + block.group() * 16 * Block::pitch;
+      const T* const p = block.projection(moving) + in_block * Block::pitch;
+      if constexpr (sizeof(T) == 2)
+        add_split_product_nt<T, tile_columns>(total, d, Block::rest, Block::pitch, scale, p, Block::pitch,
+                                              a.source.size - feature);
+      else
+        add_product_nt<T>(total, d, Block::pitch, p, Block::pitch, tile_columns);
     }
     if (a.grad_target.data != nullptr) {
       // Over the target's own tile, whose elements each thread has read.
-      S* const tile = block.template at<S>(layout.target);
 #pragma unroll
       for (int n = 0; n < column_tiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          narrow(block.valid(i) ? t[n][i] * factor[i / 2] : 0.0f,
-                 tile[(block.row() + i / 2 * 8) * pitch_of<S>(tile_columns) + block.column(n, i)]);
+          narrow(valid[i / 2] ? t[n][i] * factor[i / 2] : 0.0f,
+                 target[(block.row() + i / 2 * 8) * Block::target_pitch + block.column(n, i)]);
       }
       __syncwarp();
-      store_rows<S>(tile + block.warp() * 16 * pitch_of<S>(tile_columns), pitch_of<S>(tile_columns), tile_columns,
-                    a.grad_target, a.gradient_vectors, block.begin + block.warp() * 16, a.rows, first);
+      store_rows<S>(target + block.group() * 16 * Block::target_pitch + block.across() * warp_columns,
+                    Block::target_pitch, warp_columns, a.grad_target, a.gradient_vectors, begin + block.group() * 16,
+                    a.rows, first + block.across() * warp_columns);
     }
-  }
+  });
+  // The sums of rows come after a barrier, behind which nobody reads the source's tile any more; S needs no more room
+  // than T.
+  const float* const values = sums_of_rows(block, value[0], value[1]);
   if (a.grad_source.data != nullptr) {
-    // The source's tile is not read any more by this warp, whose rows it holds; S needs no more room than T.
     S* const tile =
-        reinterpret_cast<S*>(block.template at<T>(layout.source)) + block.warp() * 16 * pitch_of<S>(tile_features);
-    __syncthreads();
+        reinterpret_cast<S*>(block.source(0)) + block.group() * 16 * pitch_of<S>(F) + block.across() * warp_features;
 #pragma unroll
     for (int m = 0; m < feature_tiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        narrow(block.valid(i) ? total[m][i] * factor[i / 2] : 0.0f,
-               tile[(block.row() % 16 + i / 2 * 8) * pitch_of<S>(tile_features) + block.column(m, i)]);
+        narrow(valid[i / 2] ? total[m][i] * factor[i / 2] : 0.0f,
+               tile[(block.row() % 16 + i / 2 * 8) * pitch_of<S>(F) + m * 8 + block.lane_column() + i % 2]);
     }
     __syncwarp();
-    store_rows<S>(tile, pitch_of<S>(tile_features), tile_features, a.grad_source, a.gradient_vectors,
-                  block.begin + block.warp() * 16, a.rows, part);
+    store_rows<S>(tile, pitch_of<S>(F), warp_features, a.grad_source, a.gradient_vectors, begin + block.group() * 16,
+                  a.rows, feature);
   }
   if (blockIdx.y != 0) return;
-  reduce_within_warp<Sum>(0xffffffffu, 4, value);
   double sum[1] = {0};
-  if (threadIdx.x % 4 == 0) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t r = block.begin + block.row() + 8 * half;
-      sum[0] += value[half];
-      if (a.row_loss != nullptr && r < a.rows) a.row_loss[r] = value[half] * static_cast<float>(a.factors[0]);
-    }
+  if (threadIdx.x < tile_rows) {
+    const int64_t r = begin + threadIdx.x;
+    sum[0] = values[threadIdx.x];
+    if (a.row_loss != nullptr && r < a.rows) a.row_loss[r] = values[threadIdx.x] * static_cast<float>(a.factors[0]);
   }
-  reduce<Sum>(team_of(projected_threads), sum, block.template at<double>(layout.slots));
+  reduce<Sum>(team_of(projected_threads), sum, block.template at<double>(Block::layout.slots));
   if (threadIdx.x == 0) a.squares[blockIdx.x] = sum[0];
 }
 
 // --------------------------------------------------------------------------- projection
 
 // A tile of x^T d, and the sum of d, over a share of the rows.
-template <class T, class S, class W>
-__global__ void __launch_bounds__(projected_threads, 3)
+template <class T, class S, class W, int F>
+__global__ void __launch_bounds__(projected_threads, blocks_at_once(F))
     projected_mse_projection(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
-  const bool wide = a.source.size > tile_features;
-  const ProjectedShared layout = projected_shared<T, S>(wide, true);
-  const int first = static_cast<int>(blockIdx.x) * tile_columns, part = static_cast<int>(blockIdx.y) * tile_features;
-  const int64_t share_begin = int64_t{blockIdx.z} * a.share, share_end = min(share_begin + a.share, a.rows);
-  ProjectedBlock<T, S, W> block{a, layout, shared, share_begin, share_end};
-  constexpr int pitch = pitch_of<T>(tile_columns);
-  float total[column_tiles][4], sums[column_tiles][2];
+  const ProjectedBlock<T, S, W, F, true> block{a, shared, static_cast<int>(blockIdx.y)};
+  using Block = ProjectedBlock<T, S, W, F, true>;
+  // Sixteen features each, dealt out to the warps in turn.
+  constexpr int warps = projected_threads / warp_size, turns = (F / 16 + warps - 1) / warps, all_tiles = tile_columns / 8;
+  const int first = static_cast<int>(blockIdx.x) * tile_columns;
+  const int64_t begin = int64_t{blockIdx.z} * a.share, end = min(begin + a.share, a.rows);
+  float total[turns][all_tiles][4], sums[column_tiles][2];
 #pragma unroll
-  for (int n = 0; n < column_tiles; ++n) {
-    sums[n][0] = sums[n][1] = 0;
+  for (int j = 0; j < turns; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) total[n][i] = 0;
+    for (int n = 0; n < all_tiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[j][n][i] = 0;
+    }
   }
-  for (; block.begin < share_end; block.begin += tile_rows) {
-    __syncthreads();
-    block.find_valid();
-    float y[column_tiles][4], t[column_tiles][4];
-    block.project(first, false, block.begin > share_begin, y, t);
-    T* const difference = block.template at<T>(layout.difference);
+#pragma unroll
+  for (int n = 0; n < column_tiles; ++n) sums[n][0] = sums[n][1] = 0;
+  // Of those that the source has; the others would be of zeros.
+  const auto feature_of = [&](int j) { return (j * warps + block.warp()) * 16; };
+  const int features = min(F, a.source.size - block.part * F);
+
+  block.walk(begin, end, first, [&](int64_t row, int, float(&y)[column_tiles][4], const S* target, int moving) {
+    float t[column_tiles][4];
+    const int64_t rows[2] = {row + block.row(), row + block.row() + 8};
+    const bool valid[2] = {block.valid(rows[0], end), block.valid(rows[1], end)};
+    block.finish(first, valid, target, y, t);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t r = block.begin + block.row() + 8 * half;
-      const bool valid = block.valid(2 * half);
-      const Direction direction = direction_of(a.directions, r, valid);
-      const float weight = a.row_weights != nullptr && valid ? a.row_weights[r] : 1.0f;
+      const Direction direction = direction_of(a.directions, rows[half], valid[half]);
+      const float weight = a.row_weights != nullptr && valid[half] ? a.row_weights[rows[half]] : 1.0f;
 #pragma unroll
       for (int n = 0; n < column_tiles; ++n) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
           float d, of_y, of_t;
           direction.slopes(y[n][i], t[n][i], a.directions != nullptr, d, of_y, of_t);
-          of_y *= weight;
-          sums[n][i % 2] += of_y;
-          T* const to = difference + (block.row() + 8 * half) * pitch + block.column(n, i);
-          narrow(of_y, *to);
-          if constexpr (sizeof(T) == 2) narrow(of_y - widen(*to), to[tile_rows * pitch]);
+          y[n][i] = of_y * weight;
+          sums[n][i % 2] += y[n][i];
         }
       }
     }
-    const T* source = block.template at<T>(layout.source);
-    if (a.with_projection && wide) {
-      T* const tile = block.template at<T>(layout.part);
-      block.fetch_source(tile, part);
-      wait_for_copies();
-      source = tile;
+    if (!a.with_projection) return;
+    float scale[all_tiles][2];
+#pragma unroll
+    for (int n = 0; n < all_tiles; ++n) scale[n][0] = scale[n][1] = 1;
+    if constexpr (std::is_same_v<T, __half>) {
+      float* const all = block.template at<float>(Block::layout.largest);
+#pragma unroll
+      for (int n = 0; n < column_tiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float largest = fmaxf(fabsf(y[n][e]), fabsf(y[n][2 + e]));
+          for (int step = 16; step >= 4; step /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+          if (threadIdx.x % warp_size < 4) all[block.group() * tile_columns + block.column(n, e)] = largest;
+        }
+      }
+      __syncthreads();
+      const auto largest_of = [&](int c) {
+        return fmaxf(fmaxf(all[c], all[tile_columns + c]), fmaxf(all[2 * tile_columns + c], all[3 * tile_columns + c]));
+      };
+      float unused, inverse;
+#pragma unroll
+      for (int n = 0; n < column_tiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          power_of_two(largest_of(block.column(n, i)), unused, inverse);
+          y[n][i] *= inverse;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < all_tiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) power_of_two(largest_of(n * 8 + block.lane_column() + e), scale[n][e], unused);
+      }
     }
+    block.put_difference(y);
     __syncthreads();
-    if (!a.with_projection) continue;
-    source += block.warp() * 16;
-    if constexpr (sizeof(T) == 2)
-      add_product_tn<T>(total, source, pitch_of<T>(tile_features), difference + tile_rows * pitch, pitch, tile_rows);
-    add_product_tn<T>(total, source, pitch_of<T>(tile_features), difference, pitch, tile_rows);
-  }
-  const int m = a.target.size, k = a.source.size;
+    const T* const source = block.source(moving);
+#pragma unroll
+    for (int j = 0; j < turns; ++j) {
+      if (feature_of(j) >= features) continue;
+      if constexpr (sizeof(T) == 2)
+        add_split_product_tn<T, tile_rows>(total[j], source + feature_of(j), Block::source_pitch, block.difference(),
+                                           Block::rest, Block::pitch, scale);
+      else
+        add_product_tn<T>(total[j], source + feature_of(j), Block::source_pitch, block.difference(), Block::pitch,
+                          tile_rows);
+    }
+  });
+  const int m = a.target.size, k = a.source.size, lane_row = static_cast<int>(threadIdx.x) % warp_size / 4;
   float* const parts = a.parts + static_cast<int64_t>(blockIdx.z) * (k + 1) * m;
   if (a.with_projection) {
 #pragma unroll
-    for (int n = 0; n < column_tiles; ++n) {
+    for (int j = 0; j < turns; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int f = part + block.row() + i / 2 * 8, c = first + block.column(n, i);
-        if (f < k && c < m) parts[static_cast<int64_t>(f) * m + c] = total[n][i];
+      for (int n = 0; n < all_tiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int f = feature_of(j) + lane_row + i / 2 * 8, c = first + n * 8 + block.lane_column() + i % 2;
+          if (f < features && c < m) parts[static_cast<int64_t>(block.part * F + f) * m + c] = total[j][n][i];
+        }
       }
     }
   }
   if (!a.with_bias || blockIdx.y != 0) return;
-  // Over the rows of a warp, then over warps, in order.
-  float* const slots = block.template at<float>(layout.slots);
+  // Over the rows of a warp, then over the groups of rows, in order.
+  float* const slots = block.template at<float>(Block::layout.slots);
 #pragma unroll
   for (int n = 0; n < column_tiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       for (int step = 16; step >= 4; step /= 2) sums[n][e] += __shfl_xor_sync(0xffffffffu, sums[n][e], step);
-      if (threadIdx.x % warp_size < 4) slots[block.warp() * tile_columns + block.column(n, e)] = sums[n][e];
+      if (threadIdx.x % warp_size < 4) slots[block.group() * tile_columns + block.column(n, e)] = sums[n][e];
     }
   }
   __syncthreads();
   const int c = first + static_cast<int>(threadIdx.x);
   if (threadIdx.x >= tile_columns || c >= m) return;
   float sum = 0;
-  for (int w = 0; w < projected_threads / warp_size; ++w) sum += slots[w * tile_columns + threadIdx.x];
+  for (int g = 0; g < row_groups; ++g) sum += slots[g * tile_columns + threadIdx.x];
   parts[static_cast<int64_t>(k) * m + c] = sum;
 }
 

@@ -35,10 +35,10 @@ struct ProjectedMseCuda {
   float* row_loss;                      // [R], or null
   float* loss;                          // one number, or null
   float* gradient_scale;                // one number: what is still to be applied to the student's gradient
-  void* workspace;                      // [projected_mse_workspace(...)]
+  void* workspace;                      // as many bytes as projected_mse_workspace finds
 };
 
-int64_t projected_mse_workspace(const ProjectedMseCuda& problem);
+int projected_mse_workspace(const ProjectedMseCuda& problem, int64_t& bytes);
 int launch_projected_mse(const ProjectedMseCuda& problem, void* stream);
 
 }  // namespace pyd

@@ -24,10 +24,8 @@ int team_size(int64_t classes, int64_t element) {
 
 template <class S, Divergence D>
 cudaError_t launch_rows(const SoftTargetProblem& p, const SoftTargetRows& a, cudaStream_t stream) {
-  int device = 0, most_shared = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
-    return error;
+  int most_shared = 0;
+  if (const auto error = find_most_shared(most_shared)) return error;
   const int block = a.team > warp_size ? a.team : narrow_block;
   const int64_t teams = block / a.team, blocks = blocks_of(a.rows, teams);
   int64_t shared = soft_target_slots_bytes(a.team);

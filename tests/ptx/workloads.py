@@ -132,6 +132,7 @@ def workloads(implementation: str) -> list[Workload]:
         attention_relation("bf16", 2, 2, 128, 64, 32, launches),
         attention_relation("fp32", 2, 2, 128, 64, 32, launches),
         projected_mse("bf16", 256, 128, 256, parts={"triton": 4, "cuda": 4}[implementation]),
+        projected_mse("bf16", 128, 384, 128, parts={"triton": 2, "cuda": 2}[implementation]),
         projected_mse("fp32", 256, 128, 256, parts={"triton": 8, "cuda": 4}[implementation]),
     ]
     there = _dispatch.TRITON_OPS if implementation == "triton" else _dispatch.CUDA_LOSSES

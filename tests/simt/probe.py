@@ -7,7 +7,7 @@ prints one line per library: its name, and "fine" or the first thing that is not
 sanitizers can watch them, and take every path once. For soft_target: teams within a warp, of a warp and of a block,
 rows at odd addresses between NaN, masks, labels, rows that fit into shared memory and rows that do not. For
 attention_relation and projected_mse, in bf16: masks and segments, tensors moved by vectors and element by element,
-heads and sources that fit into shared memory and such that do not. Threads run in every order that is named.
+heads and sources that fit into shared memory at once and such that do not. Threads run in every order that is named.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ RELATIONS = [  # tokens, features of the student's and the teacher's heads, rela
     (70, 18, 80, [0, 1], False),
 ]
 
-PROJECTIONS = [  # rows, features of the source and of the target, up, normalize
-    (70, 48, 40, True, True),
-    (150, 24, 72, False, False),
-    (70, 90, 33, True, False),
+PROJECTIONS = [  # rows, features of the source and of the target, up, normalize, shared memory of the device
+    (70, 48, 40, True, True, 232448),
+    (150, 24, 72, False, False, 232448),
+    (70, 144, 40, True, False, 232448),
+    (70, 141, 33, True, False, 101376),
 ]
 
 
@@ -125,8 +126,8 @@ def attention_relation(orders: list[str]) -> Iterator[str]:
 
 def projected_mse(orders: list[str]) -> Iterator[str]:
     """The same."""
-    os.environ["PYDISTILL_SIMT_SHARED"] = "232448"
-    for rows, source_size, target_size, up, normalize in PROJECTIONS:
+    for rows, source_size, target_size, up, normalize, shared in PROJECTIONS:
+        os.environ["PYDISTILL_SIMT_SHARED"] = str(shared)
         generator = torch.Generator().manual_seed(rows)
         source, target, projection, bias = (
             torch.randn(*sizes, generator=generator).bfloat16()

@@ -13,6 +13,8 @@ import torch
 from cases import DTYPES, PROJECTED_MSE
 from torch import Tensor
 
+from pydistill.losses.projected_mse import projected_mse_reference
+
 ops = torch.ops.pydistill_simt
 
 
@@ -33,9 +35,9 @@ def call(tensors: dict[str, Tensor], up: bool, normalize: bool) -> tuple[Tensor,
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("up", [True, False])
-@pytest.mark.parametrize("sizes", [(48, 72), (64, 40), (104, 32)])
+@pytest.mark.parametrize("sizes", [(48, 72), (64, 40), (200, 32)])
 def test_order_of_threads_and_alignment_change_no_bit(sizes, up, dtype, monkeypatch):
-    """Features moved 16 bytes at a time, or one by one from odd addresses; sources that do and do not fit at once."""
+    """Features moved 16 bytes at a time, or one by one from odd addresses; few and many features at a time."""
     clean = PROJECTED_MSE.inputs((150, *sizes), DTYPES[dtype])
     clean["projection"] = clean["projection"].to(DTYPES[dtype])
     clean["bias"] = clean["bias"].to(DTYPES[dtype])
@@ -47,6 +49,34 @@ def test_order_of_threads_and_alignment_change_no_bit(sizes, up, dtype, monkeypa
         found = call(moved, up, sizes[0] == 48)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
         assert all(bool(one.isfinite().all()) for one in found)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("sizes", "shared"), [((200, 24), 101376), ((408, 24), 232448), ((24, 408), 232448)])
+def test_a_source_that_is_taken_in_parts(sizes, shared, dtype, monkeypatch):
+    """Where shared memory is less, or the source has more features than fit into any."""
+    tensors = PROJECTED_MSE.inputs((70, *sizes), DTYPES[dtype])
+    monkeypatch.setenv("PYDISTILL_SIMT_ORDER", "random")
+    for one in ("projection", "bias"):
+        tensors[one] = tensors[one].to(DTYPES[dtype])
+    for up in (True, False):
+        monkeypatch.setenv("PYDISTILL_SIMT_SHARED", str(shared))
+        found = call(tensors, up, True)
+        monkeypatch.setenv("PYDISTILL_SIMT_SHARED", "232448")
+        exact = {name: one.double() if one.is_floating_point() else one for name, one in tensors.items()}
+        wanted = [exact["student"] if up else exact["teacher"], exact["projection"], exact["bias"]]
+        student, teacher = (exact[name] for name in (("student", "teacher") if up else ("teacher", "student")))
+        for one in wanted:
+            one.requires_grad_()
+        value = projected_mse_reference(
+            student, teacher, exact["projection"], bias=exact["bias"], mask=exact["mask"],
+            direction="up" if up else "down", normalize=True,
+        )  # fmt: skip
+        truths = (value.detach(), *torch.autograd.grad(value, wanted))
+        found = (found[0], found[1].double() * found[4].double(), *found[2:4])
+        for mine, truth, rounding in zip(found, truths, (0, 1, 0, 0), strict=True):
+            allowed = 2e-5 * truth.abs().max() + rounding * torch.finfo(DTYPES[dtype]).eps * truth.abs()
+            assert ((mine.double() - truth).abs() <= allowed).all()
 
 
 def test_nothing_is_asked_of_an_empty_batch():
