@@ -19,10 +19,10 @@ cudaError_t find_features(const ProjectedMseCuda& p, int& features) {
   if (p.projection_dtype == Dtype::f32)
     features = single_features;
   else
-    features = p.source.size > fewer_features &&
-                       projected_shared<__half, __half, most_features>(true).bytes <= most_shared
-                   ? most_features
-                   : fewer_features;
+    features =
+        p.source.size > fewer_features && projected_shared<__half, __half, most_features>(true).bytes <= most_shared
+            ? most_features
+            : fewer_features;
   return cudaSuccess;
 }
 
@@ -94,7 +94,8 @@ cudaError_t launch_all(const ProjectedMseCuda& p, const Workspace& w, cudaStream
     if (a.with_projection || a.with_bias) {
       const dim3 grid(static_cast<unsigned>(blocks_of(p.target.size, tile_columns)), a.with_projection ? features : 1,
                       static_cast<unsigned>(w.shares));
-      if (const auto error = launch(projected_mse_projection<T, S, W, F>, grid, projected_threads, over_projection, stream, a))
+      if (const auto error =
+              launch(projected_mse_projection<T, S, W, F>, grid, projected_threads, over_projection, stream, a))
         return error;
     }
   }

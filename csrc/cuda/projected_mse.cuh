@@ -28,7 +28,7 @@ namespace pyd {
 constexpr int tile_rows = 64;
 constexpr int tile_columns = 32;
 constexpr int projected_threads = 256;
-constexpr int row_groups = tile_rows / 16;                                         // each of 16 rows
+constexpr int row_groups = tile_rows / 16;                                                 // each of 16 rows
 constexpr int warp_columns = tile_columns / (projected_threads / warp_size / row_groups);  // of y that a warp makes
 constexpr int column_tiles = warp_columns / 8;
 // Features of the source that a block has at a time, in half precision: many where a block may have the shared memory
@@ -333,13 +333,14 @@ __device__ __forceinline__ const float* sums_of_rows(const Block& block, float (
 }
 
 template <class T, class S, class W, int F>
-__global__ void __launch_bounds__(projected_threads, blocks_at_once(F)) row_directions(const __grid_constant__ ProjectedRows a) {
+__global__ void __launch_bounds__(projected_threads, blocks_at_once(F))
+    row_directions(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
   const ProjectedBlock<T, S, W, F, false> block{a, shared, 0};
   const int64_t begin = int64_t{blockIdx.x} * tile_rows;
   const bool valid[2] = {block.valid(begin + block.row(), a.rows), block.valid(begin + block.row() + 8, a.rows)};
   float sums[2][3] = {};
-  block.walk(begin, a.rows, 0, [&](int64_t, int first, float(&y)[column_tiles][4], const S* target, int) {
+  block.walk(begin, a.rows, 0, [&](int64_t, int first, float (&y)[column_tiles][4], const S* target, int) {
     float t[column_tiles][4];
     block.finish(first, valid, target, y, t);
 #pragma unroll
@@ -385,7 +386,8 @@ __device__ __forceinline__ void store_rows(const S* tile, int pitch, int tile_wi
 // Values of a block of rows, one by one or their sum, and the gradient of their source (a part of its features) or of
 // their target.
 template <class T, class S, class W, int F>
-__global__ void __launch_bounds__(projected_threads, blocks_at_once(F)) projected_mse_rows(const __grid_constant__ ProjectedRows a) {
+__global__ void __launch_bounds__(projected_threads, blocks_at_once(F))
+    projected_mse_rows(const __grid_constant__ ProjectedRows a) {
   PYD_DYNAMIC_SHARED(shared);
   const ProjectedBlock<T, S, W, F, false> block{a, shared, static_cast<int>(blockIdx.y)};
   using Block = ProjectedBlock<T, S, W, F, false>;
@@ -410,7 +412,7 @@ __global__ void __launch_bounds__(projected_threads, blocks_at_once(F)) projecte
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[m][i] = 0;
   }
-  block.walk(begin, a.rows, 0, [&](int64_t, int first, float(&y)[column_tiles][4], S* target, int moving) {
+  block.walk(begin, a.rows, 0, [&](int64_t, int first, float (&y)[column_tiles][4], S* target, int moving) {
     float t[column_tiles][4];
     block.finish(first, valid, target, y, t);
 #pragma unroll
@@ -515,7 +517,8 @@ __global__ void __launch_bounds__(projected_threads, blocks_at_once(F))
   const ProjectedBlock<T, S, W, F, true> block{a, shared, static_cast<int>(blockIdx.y)};
   using Block = ProjectedBlock<T, S, W, F, true>;
   // Sixteen features each, dealt out to the warps in turn.
-  constexpr int warps = projected_threads / warp_size, turns = (F / 16 + warps - 1) / warps, all_tiles = tile_columns / 8;
+  constexpr int warps = projected_threads / warp_size, turns = (F / 16 + warps - 1) / warps,
+                all_tiles = tile_columns / 8;
   const int first = static_cast<int>(blockIdx.x) * tile_columns;
   const int64_t begin = int64_t{blockIdx.z} * a.share, end = min(begin + a.share, a.rows);
   float total[turns][all_tiles][4], sums[column_tiles][2];
@@ -533,7 +536,7 @@ __global__ void __launch_bounds__(projected_threads, blocks_at_once(F))
   const auto feature_of = [&](int j) { return (j * warps + block.warp()) * 16; };
   const int features = min(F, a.source.size - block.part * F);
 
-  block.walk(begin, end, first, [&](int64_t row, int, float(&y)[column_tiles][4], const S* target, int moving) {
+  block.walk(begin, end, first, [&](int64_t row, int, float (&y)[column_tiles][4], const S* target, int moving) {
     float t[column_tiles][4];
     const int64_t rows[2] = {row + block.row(), row + block.row() + 8};
     const bool valid[2] = {block.valid(rows[0], end), block.valid(rows[1], end)};
