@@ -24,6 +24,7 @@ pydistill: distil a Transformer into a small, fast student.
   pydistill report FOLDER                draw the report of a finished run again
   pydistill augment IN OUT --text-columns sentence    write synthetic sentences
   pydistill vocab CORPUS OUT --teacher MODEL    train a small vocabulary for a student
+  pydistill cache FOLDER --teacher MODEL --corpus FILES --signals ...    run a teacher once, for any number of students
   pydistill bench LOSS                   time the kernels against eager and compiled PyTorch
   pydistill env                          what is installed and which kernels are used
 
@@ -257,6 +258,70 @@ def vocab_command(words: list[str]) -> int:
     return 0
 
 
+def cache_command(words: list[str]) -> int:
+    """``pydistill cache``: texts and a teacher in, its signals on disk."""
+    parser = argparse.ArgumentParser(
+        prog="pydistill cache",
+        description="Run a teacher once over texts, and keep what students learn from; what is there stays.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="new, empty, or a cache of the same teacher and signals")
+    parser.add_argument("--teacher", required=True, help="folder, hub name or package:")
+    parser.add_argument("--corpus", nargs="+", required=True, help="one text per line; .jsonl, .csv, .parquet: per row")
+    parser.add_argument("--text-column", default="text", help="of files with columns")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens per text; as the students' runs have it")
+    parser.add_argument("--signals", nargs="+", default=["logits"], help="logits, hidden_states@L, queries@L, ...")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="on disk")
+    parser.add_argument("--top-k", type=int, help="keep so many log-probabilities of each row of logits")
+    parser.add_argument("--share", default="0/1", help="i/n: this is the i-th of n writers at the same time")
+    parser.add_argument("--batch-size-tokens", type=int, default=4096, help="most tokens that run at a time")
+    options = parser.parse_args(words)
+    import torch
+    import transformers
+
+    from pydistill.cache import write_cache
+    from pydistill.capture import LOGITS
+    from pydistill.config import resolve_path
+    from pydistill.data.corpus import CorpusSection, load_corpus
+    from pydistill.inference import ModelError, load_tokenizer
+    from pydistill.plan import load_model_config, quiet, resolve_model
+
+    try:
+        number, of = (int(part) for part in options.share.split("/"))
+    except ValueError:
+        raise UserError(f"cache: --share must be i/n, such as 0/4, got {options.share!r}") from None
+    teacher = resolve_model(options.teacher, "--teacher")
+    config = load_model_config(teacher)
+    architectures = list(config.architectures or [])
+    if LOGITS in options.signals and not architectures:
+        raise UserError(f"cache: --teacher: {options.teacher} does not say of what class it is, so it has no logits")
+    loader = getattr(transformers, architectures[0]) if LOGITS in options.signals else transformers.AutoModel
+    try:
+        tokenizer = load_tokenizer(resolve_path(options.teacher))
+    except ModelError as error:
+        raise UserError(f"cache: --teacher: {error}") from None
+    section = CorpusSection(files=options.corpus, text_column=options.text_column, max_length=options.max_length)
+    stream = load_corpus(section, tokenizer)
+    # Once through, in order; what a run holds out is there too.
+    stream.endless, stream.shuffle_buffer = False, 1
+    with quiet():
+        model = loader.from_pretrained(teacher, dtype=torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        done = write_cache(
+            stream, model, options.signals, options.folder, tokenizer=tokenizer, dtype=options.dtype,
+            top_k=options.top_k, share=(number, of), batch_size_tokens=options.batch_size_tokens,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"cache: {error}") from None
+    pace = f"{done.tokens / done.seconds:,.0f} tokens/s" if done.computed else "nothing to do"
+    print(
+        f"{options.folder}: {done.examples:,} texts, {done.computed:,} of them new: {done.tokens:,} tokens, "
+        f"{done.bytes / 1e6:,.1f} MB, {done.seconds:.1f} s, {pace}"
+    )
+    return 0
+
+
 def predict_command(words: list[str]) -> int:
     """``pydistill predict``: classify texts from the command line or from standard input."""
     parser = argparse.ArgumentParser(
@@ -349,6 +414,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": bench_command,
     "augment": augment_command,
     "vocab": vocab_command,
+    "cache": cache_command,
     "predict": predict_command,
     "evaluate": evaluate_command,
     "report": report_command,

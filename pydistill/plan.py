@@ -127,11 +127,20 @@ def plan(
     return planner(config)(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
+def check_one_process() -> None:
+    """Refuse, first of all, to be one of several processes, which would write into the same folders.
+
+    Raises:
+        PlanError: this is one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PlanError("a recipe is one process: start it without torchrun or accelerate launch")
+
+
 def plan_bilstm(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> Plan:
     """See :func:`plan`, for the recipe ``bilstm``."""
+    check_one_process()
     problems: list[str] = []
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("this recipe is one process: start it without torchrun or accelerate launch")
     output = Path(config.output).expanduser()
     collect(problems, check_output, config, output, resume, overwrite, sources_of(config))
     check_packages(config)  # first and alone: what is read from them would only fail in its turn

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -223,16 +223,16 @@ def label_transfer_set(
     manifest = {
         "format": _FORMAT,
         "texts": _hash_texts(distinct),
-        "tokenizer": _hash_tokenizer(tokenizer),
-        "teacher": _hash_model(model),
+        "tokenizer": hash_tokenizer(tokenizer),
+        "teacher": hash_model(model),
         "settings": {"dtype": str(dtype).removeprefix("torch."), "max_length": max_length},
         "rows": len(distinct),
     }
-    folder = Path(output) / _hash_json(manifest)[:16] if shared else Path(output)
+    folder = Path(output) / hash_json(manifest)[:16] if shared else Path(output)
     store = _LogitStore(folder, manifest, resume)
     missing = store.missing()
     if missing.size:
-        with _inference_copy(model, dtype) as teacher:
+        with inference_copy(model, dtype) as teacher:
             _label(
                 store,
                 distinct,
@@ -312,7 +312,7 @@ def _label(
     bar = tqdm(total=int(tokens.lengths.sum()), desc="label", unit="tok", unit_scale=True, disable=not progress)
     try:
         with bar, torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-            for batch in _batches(tokens.lengths[order], batch_size_tokens):
+            for batch in batches_of_one_length(tokens.lengths[order], batch_size_tokens):
                 chosen = order[batch]
                 logits = model(**tokens.batch(chosen, model.device)).logits.float().cpu().numpy()
                 _check_logits(logits, [distinct[index] for index in missing[chosen]])
@@ -329,7 +329,7 @@ def _label(
         store.flush()
 
 
-def _batches(lengths: np.ndarray, batch_size_tokens: int) -> Iterator[slice]:
+def batches_of_one_length(lengths: np.ndarray, batch_size_tokens: int) -> Iterator[slice]:
     """Slices of `lengths` (sorted) that hold one length each and at most `batch_size_tokens` tokens."""
     boundaries = np.flatnonzero(np.diff(lengths)) + 1
     for first, last in pairwise([0, *boundaries.tolist(), len(lengths)]):
@@ -390,7 +390,7 @@ class _Tokens:
 
 
 @contextmanager
-def _inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """`model` in eval mode and of `dtype`: the model itself where it has that dtype, otherwise a copy."""
     if any(parameter.is_floating_point() and parameter.dtype != dtype for parameter in model.parameters()):
         converted: Any = copy.deepcopy(model)
@@ -417,7 +417,7 @@ class _LogitStore:
     def __init__(self, folder: Path, manifest: dict[str, Any], resume: bool) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.key = _hash_json(manifest)
+        self.key = hash_json(manifest)
         self.logits: np.ndarray | None = None  # [rows, C], allocated when C is known
         self.done = np.zeros(manifest["rows"], dtype=bool)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
@@ -532,7 +532,7 @@ def _hash_shard(index: np.ndarray, logits: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _hash_json(value: Any) -> str:
+def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -546,7 +546,7 @@ def _hash_texts(distinct: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         # Padding and truncation are set by every call.
@@ -558,13 +558,16 @@ def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
             **tokenizer.init_kwargs,
         }
     sides = (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token_id)
-    return _hash_json([state, sides])
+    return hash_json([state, sides])
 
 
-def _hash_model(model: PreTrainedModel) -> str:
+def hash_model(model: PreTrainedModel, without: Collection[str] = ()) -> str:
+    """Of a model's class, configuration and weights, those `without` excepted."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE_CONFIG}
-    digest = hashlib.sha256(_hash_json([type(model).__name__, config]).encode())
+    digest = hashlib.sha256(hash_json([type(model).__name__, config]).encode())
     for name, tensor in model.state_dict().items():
+        if name in without:
+            continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.utils import logging
 
+from pydistill.cache import CachedTeacher
 from pydistill.capture import LOGITS
 from pydistill.distiller import Distiller
 from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX
@@ -152,6 +153,8 @@ class DistillationTrainer(Trainer):
                     "needs processing_class (the student's tokenizer) or data_collator, got neither",
                 )
             data_collator = DistillationCollator(processing_class)
+        if isinstance(distiller.teacher, CachedTeacher):
+            data_collator = distiller.teacher.collator(data_collator)
         self.distiller = distiller
         self._part_sums: dict[str, Tensor] = {}
         self._parts_since = 0

@@ -274,3 +274,53 @@ def test_unknown_keys_are_those_of_this_recipe(shared: Path, tmp_path: Path) -> 
         load_config(None, settings(shared, tmp_path, student__layer=3))
     with pytest.raises(ConfigError, match=r"assistant.train.lerning_rate: .*assistant.train.learning_rate"):
         load_config(None, settings(shared, tmp_path, assistant={"train": {"lerning_rate": 3}}))
+
+
+def test_a_teacher_from_a_cache(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses as with the teacher beside the student, the same bits after an interruption; what cannot work is
+    refused."""
+    few = {"train.max_steps": 20, "train.save_steps": 10, "train.logging_steps": 5}
+    online = start(shared, tmp_path / "online", **few)["models"][1]
+    words = ["cache", str(tmp_path / "cache"), "--teacher", str(shared / "bert"), "--dtype", "float32"]
+    words += ["--corpus", str(shared / "texts.txt"), "--max-length", "16"]
+    assert main([*words, "--signals", "queries@-1", "keys@-1", "values@-1"]) == 0
+    assert re.search(r"400 texts, 400 of them new: [\d,]+ tokens, .* MB, .* tokens/s", capsys.readouterr().out)
+    cache = {"teacher.cache": str(tmp_path / "cache"), **few}
+    plan = pydistill.plan(load_config(None, settings(shared, tmp_path / "planned", **cache)), dry_run=False)
+    assert f"from the cache {tmp_path / 'cache'}" in str(plan)
+    cached = start(shared, tmp_path / "whole", **cache)["models"][1]
+    for one in ("loss_before", "loss_after"):
+        assert cached[one] == pytest.approx(online[one], rel=1e-4)
+    losses = [[entry["loss"] for entry in record["curve"] if "loss" in entry] for record in (cached, online)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    trained = minilm.DistillationTrainer.train
+
+    def interrupted(self: Any, *arguments: Any, **options: Any) -> Any:
+        self.add_callback(_Interrupt(15))
+        return trained(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minilm.DistillationTrainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(shared, tmp_path / "cut", **cache)
+    start(shared, tmp_path / "cut", resume=True, **cache)
+    first, second = (AutoModel.from_pretrained(tmp_path / name / "student") for name in ("whole", "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+    assert "corpus.packing to truncate" in complaint(shared, tmp_path / "no", **cache, corpus__packing="packed")
+    refused = complaint(shared, tmp_path / "no", **cache, teacher__layer=0)
+    assert "holds keys@-1, queries@-1, values@-1, not keys@0" in refused
+    assert "no teacher cache" in complaint(shared, tmp_path / "no", teacher__cache=str(tmp_path / "nothing"))
+    # Texts that the cache has not seen.
+    (tmp_path / "more.txt").write_text("\n".join(text for text, _ in sentences(50, seed=77)) + "\n")
+    with pytest.raises(ValueError, match="run pydistill cache on these texts"):
+        start(shared, tmp_path / "more", **cache | {"corpus.files": [str(tmp_path / "more.txt")]})
+
+
+def test_one_process_alone(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would write into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "a recipe is one process: start it without torchrun" in complaint(shared, tmp_path / "run")

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from pydistill import AttentionRelation, _dispatch
+from pydistill.cache import CachedTeacher, TeacherCache
 from pydistill.config import OneOrMore, Section, TrainBlock
 from pydistill.data.corpus import Corpus, PackedCollator, load_corpus
 from pydistill.distiller import Distiller
@@ -38,6 +39,7 @@ from pydistill.plan import (
     DATA_FILE,
     PlanBase,
     PlanError,
+    check_one_process,
     check_output,
     collect,
     duration,
@@ -73,7 +75,7 @@ from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_i
 from pydistill.relations import relation_matrices, token_labels
 from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.encoder import make_student, smaller_config, spaced_layers
-from pydistill.teachers import OnlineTeacher
+from pydistill.teachers import OnlineTeacher, Teacher
 from pydistill.trainer import DistillationCollator, DistillationTrainer
 
 STAGES = ("assistant", "student")
@@ -97,6 +99,9 @@ class TeacherSection(Section):
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         "float32", description="arithmetic of its forward; auto: bfloat16 where the machine computes it"
+    )
+    cache: str | None = Field(
+        None, description="folder of `pydistill cache` with its signals for the corpus, instead of running it"
     )
 
 
@@ -172,6 +177,7 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
             read, sizes that the architecture, the initialisation or the relation heads do not allow, texts longer than
             the model's limit, training arguments that contradict each other.
     """
+    check_one_process()
     problems: list[str] = []
     output = Path(config.output).expanduser()
     sources = {"teacher.model": config.teacher.model, "teacher.tokenizer": config.teacher.tokenizer}
@@ -201,6 +207,8 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
         texts = collect(problems, first_texts, config.corpus, tokenizer)
         if texts is not None and resume:
             collect(problems, check_same_corpus, config.corpus, output, texts)
+    if config.teacher.cache is not None:
+        collect(problems, _check_cache, config)
     if problems or teacher is None or model_config is None or tokenizer is None:
         raise PlanError("\n".join(problems))
 
@@ -211,6 +219,16 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
         with quiet():
             _dry_run(result)
     return result
+
+
+def _check_cache(config: MiniLMConfig) -> None:
+    assert config.teacher.cache is not None
+    if config.corpus.packing != "truncate":
+        raise PlanError("teacher.cache: holds texts one by one: set corpus.packing to truncate, or drop the cache")
+    try:
+        CachedTeacher(TeacherCache(config.teacher.cache)).check(_term(config, config.teacher.layer).teacher_signals)
+    except ValueError as error:
+        raise PlanError(f"teacher.cache: {error}") from None
 
 
 def _stages(config: MiniLMConfig) -> list[str]:
@@ -275,6 +293,8 @@ def _describe(result: MiniLMPlan, teacher: PretrainedConfig) -> None:
     result.add("teacher", "model", config.teacher.model)
     result.add("teacher", "sizes", describe_sizes(teacher))
     result.add("teacher", "layer", f"{_depth(teacher, config.teacher.layer)} of {teacher.num_hidden_layers}")
+    if result.config.teacher.cache is not None:
+        result.add("teacher", "signals", f"from the cache {result.config.teacher.cache}")
     result.add("teacher", "arithmetic", str(result.dtype).removeprefix("torch."))
     for stage, made in result.encoders.items():
         result.add(stage, "sizes", describe_sizes(made))
@@ -491,13 +511,22 @@ def _distil(plan: MiniLMPlan, stage: str, source: str, layer: int, folder: Path,
     student = _new_student(plan, section, stage, teacher, layer, stream)
     arguments = stream_arguments(_block(config, stage), scratch, config.seed)
     checkpoint = checkpoint_in(scratch)
-    if checkpoint is not None:
-        stream = stream.seen(rows_until(checkpoint, arguments))
+    signals: Teacher
+    if config.teacher.cache is not None and source == plan.teacher:
+        try:
+            signals = CachedTeacher(TeacherCache(config.teacher.cache, model=teacher, tokenizer=plan.tokenizer))
+        except ValueError as error:
+            raise PlanError(f"teacher.cache: {error}") from None
+    else:
+        signals = OnlineTeacher(teacher, plan.dtype)
+        if checkpoint is not None:
+            # A cache wants the rows themselves, also those that are skipped.
+            stream = stream.seen(rows_until(checkpoint, arguments))
     evaluation = _evaluation_rows(config, plan.tokenizer)
     if evaluation is None:
         arguments.eval_strategy = "no"
     trainer = DistillationTrainer(
-        Distiller(student, OnlineTeacher(teacher, plan.dtype), _term(config, layer)),
+        Distiller(student, signals, _term(config, layer)),
         arguments,
         train_dataset=stream,
         eval_dataset=evaluation,

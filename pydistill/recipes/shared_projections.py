@@ -41,6 +41,7 @@ from pydistill.plan import (
     DATA_FILE,
     PlanBase,
     PlanError,
+    check_one_process,
     check_output,
     collect,
     duration,
@@ -225,6 +226,7 @@ def plan_shared_projections(
             read, a tokenizer that is not WordPiece, vocabularies that do not fit together, sizes that the architecture
             does not allow, texts longer than the model's limit, training arguments that contradict each other.
     """
+    check_one_process()
     problems: list[str] = []
     output = Path(config.output).expanduser()
     sources = {
