@@ -139,12 +139,16 @@ PLANTED |= {
 OTHER_TYPES = {
     "soft_target": r"launch_divergence<__\w+>\(p, a, stream\)",
     "attention_relation": r"launcher\.all<(float|__half)>\(\)",
-    "projected_mse": r"launch_(all<float, \w+, float, single_features>\(p, w|half<__half>\(p, w, features), stream\)",
+    "projected_mse": (
+        r"launch_all<\w+, \w+, \w+, (single|most)_features>\(p, w, stream\)"
+        r"|launch_half<__half>\(p, w, features, stream\)"
+    ),
 }
 
 
 def plant(name: str, bug: Planted, folder: Path) -> None:
-    """A copy of csrc with the bug in it, for one type alone: fp32, or bf16 where tensor cores are used."""
+    """A copy of csrc with the bug in it, for one type alone: fp32, or bf16 where tensor cores are used (of
+    projected_mse, the variant that the probe's problems take)."""
     shutil.copytree(ROOT / "csrc", folder / name / "csrc")
     source = folder / name / "csrc" / "cuda" / bug.file
     text = source.read_text()

@@ -46,7 +46,7 @@ RELATIONS = [  # tokens, features of the student's and the teacher's heads, rela
 PROJECTIONS = [  # rows, features of the source and of the target, up, normalize, shared memory of the device
     (70, 48, 40, True, True, 232448),
     (150, 24, 72, False, False, 232448),
-    (70, 144, 40, True, False, 232448),
+    (70, 144, 40, True, False, 101376),
     (70, 141, 33, True, False, 101376),
 ]
 
