@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from pydistill.capture import LOGITS, Capture, capture, freeze_unreachable
 from pydistill.objective import Objective
 from pydistill.packing import SEGMENTS, model_inputs
-from pydistill.teachers import TEACHER_PREFIX, OnlineTeacher, Teacher, input_names
+from pydistill.teachers import TEACHER_PREFIX, EnsembleTeacher, OnlineTeacher, Teacher, input_names
 
 
 @dataclass
@@ -191,21 +191,23 @@ class Distiller(nn.Module):
         return student
 
     def _check_teacher(self) -> None:
-        if not isinstance(self.teacher, OnlineTeacher):
-            return
+        members = self.teacher.teachers if isinstance(self.teacher, EnsembleTeacher) else [self.teacher]
         student_parameters = {id(parameter) for parameter in self.student.parameters()}
-        if any(id(parameter) in student_parameters for parameter in self.teacher.model.parameters()):
-            _fail(
-                "student and teacher share parameters, and the teacher's are frozen; pass copy.deepcopy(model) as "
-                "teacher"
-            )
-        if LOGITS in self.objective.teacher_signals:
-            student_labels, teacher_labels = _num_labels(self.student), _num_labels(self.teacher.model)
-            if student_labels != teacher_labels and None not in (student_labels, teacher_labels):
+        for teacher in members:
+            if not isinstance(teacher, OnlineTeacher):
+                continue
+            if any(id(parameter) in student_parameters for parameter in teacher.model.parameters()):
                 _fail(
-                    f"the student has {student_labels} labels and the teacher {teacher_labels}: their logits "
-                    "cannot be compared; load the student with the teacher's num_labels and label order"
+                    "student and teacher share parameters, and the teacher's are frozen; pass copy.deepcopy(model) as "
+                    "teacher"
                 )
+            if LOGITS in self.objective.teacher_signals:
+                student_labels, teacher_labels = _num_labels(self.student), _num_labels(teacher.model)
+                if student_labels != teacher_labels and None not in (student_labels, teacher_labels):
+                    _fail(
+                        f"the student has {student_labels} labels and the teacher {teacher_labels}: their logits "
+                        "cannot be compared; load the student with the teacher's num_labels and label order"
+                    )
 
 
 def _as_objective(objective: Objective | nn.Module | Sequence[nn.Module]) -> Objective:

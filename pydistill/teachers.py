@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where teacher signals come from: a model that runs beside the student, or logits recorded once."""
+"""Where teacher signals come from: models that run beside the student, or logits recorded once.
+
+Signals of any kind that are kept on disk, for any number of students, are in `pydistill.cache`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -111,6 +115,54 @@ class OnlineTeacher:
         if names not in self._captures:
             self._captures[names] = capture(self.model, sorted(names))
         return self._captures[names]
+
+
+class EnsembleTeacher:
+    r"""Several teachers as one: the mean of their class probabilities (Liu et al. 2019, arXiv 1904.09482, equation 3).
+
+    .. math:: \text{logits} = \log \frac{1}{K} \sum_k \operatorname{softmax}(z_k)
+
+    Given as logarithms, so that a soft target at temperature 1 is the mean itself; at another temperature it is that
+    mean softened. The mean of the logits would be another distribution. Of teachers with one output, which is a
+    regression, the mean is that of the outputs.
+
+    Args:
+        teachers: teachers, or models (made `OnlineTeacher`), of the same classes in the same order; at least one.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher | nn.Module]) -> None:
+        self.teachers = [OnlineTeacher(one) if isinstance(one, nn.Module) else one for one in teachers]
+        if not self.teachers:
+            _fail("EnsembleTeacher", "teachers must hold at least one, got none")
+
+    @property
+    def batch_keys(self) -> frozenset[str]:
+        """Those of all of them."""
+        return frozenset().union(*(one.batch_keys for one in self.teachers))
+
+    def check(self, names: frozenset[str]) -> None:
+        """See `Teacher.check`."""
+        if other := sorted(names - {LOGITS}):
+            _fail(
+                "EnsembleTeacher", f"only logits have a mean, got {', '.join(other)}; pass one of the models as teacher"
+            )
+        for one in self.teachers:
+            one.check(names)
+
+    def signals(self, batch: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
+        """Return the logarithm of the mean of the probabilities, in fp32 (of one output: the mean).
+
+        Raises:
+            ValueError: the teachers have different numbers of classes.
+        """
+        found = [one.signals(batch, names)[LOGITS].float() for one in self.teachers]
+        sizes = {tuple(logits.shape) for logits in found}
+        if len(sizes) > 1:
+            _fail("EnsembleTeacher", f"all teachers must have the same classes, got logits {sorted(map(list, sizes))}")
+        logits = torch.stack(found)
+        if logits.shape[-1] == 1:
+            return {LOGITS: logits.mean(0)}
+        return {LOGITS: logits.log_softmax(-1).logsumexp(0) - math.log(len(found))}
 
 
 class RecordedTeacher:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,16 @@ import torch
 from datasets import Dataset
 from tiny_models import tiny_bert, tiny_sentences, tiny_tokenizer
 
-from pydistill.teachers import OnlineTeacher, RecordedTeacher, Teacher, TransferSetError, label_transfer_set
+from pydistill import SoftTarget
+from pydistill.distiller import Distiller
+from pydistill.teachers import (
+    EnsembleTeacher,
+    OnlineTeacher,
+    RecordedTeacher,
+    Teacher,
+    TransferSetError,
+    label_transfer_set,
+)
 
 
 def sentences(count: int = 60, seed: int = 0) -> Dataset:
@@ -438,3 +448,49 @@ def test_online_teacher_refuses() -> None:
         OnlineTeacher("bert-base-uncased")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the batch holds no input of BertForSequenceClassification, only words"):
         OnlineTeacher(tiny_bert()).signals({"words": torch.zeros(1)}, frozenset({"logits"}))
+
+
+class Given:
+    """A teacher of one answer."""
+
+    batch_keys = frozenset({"given"})
+
+    def __init__(self, logits: list[list[float]]) -> None:
+        self.logits = torch.tensor(logits)
+
+    def check(self, names: frozenset[str]) -> None:
+        pass
+
+    def signals(self, batch: Any, names: frozenset[str]) -> dict[str, torch.Tensor]:
+        return {"logits": self.logits}
+
+
+def test_an_ensemble_is_the_mean_of_probabilities() -> None:
+    """Golden values, which those of the mean of logits are not (.7325, .1171, .1504); one output has a plain mean."""
+    student = [[1.0, -0.5, 0.25], [0.1, 0.2, -1.3], [2.0, 0.0, 0.5]]
+    teacher = [[2.0, -1.0, 0.0], [-0.4, 0.9, 0.3], [1.5, 0.5, -0.5]]
+    ensemble = EnsembleTeacher([Given(teacher), Given(teacher[::-1]), Given(student)])
+    found = ensemble.signals({}, frozenset({"logits"}))["logits"].softmax(-1)
+    torch.testing.assert_close(found[0], torch.tensor([0.699611117971, 0.139446728112, 0.160942153917]))
+    torch.testing.assert_close(found.sum(-1), torch.ones(3))
+    numbers = EnsembleTeacher([Given([[1.0], [4.0]]), Given([[3.0], [0.0]])]).signals({}, frozenset({"logits"}))
+    assert numbers["logits"].tolist() == [[2.0], [2.0]]
+    # Far apart, where probabilities underflow.
+    far = EnsembleTeacher([Given([[0.0, 500.0]]), Given([[0.0, 400.0]])]).signals({}, frozenset({"logits"}))["logits"]
+    torch.testing.assert_close(far, torch.tensor([[-400.0 - math.log(2), 0.0]]))
+
+
+def test_an_ensemble_trains_a_student_and_refuses() -> None:
+    models = [tiny_bert(seed=seed) for seed in (1, 2)]
+    distiller = Distiller(tiny_bert(), EnsembleTeacher(models), SoftTarget())
+    ids = torch.tensor([[2, 7, 9, 3]])
+    distiller(input_ids=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+    assert isinstance(distiller.teacher, Teacher) and all(not model.training for model in models)
+    with pytest.raises(ValueError, match="teachers must hold at least one, got none"):
+        EnsembleTeacher([])
+    with pytest.raises(ValueError, match="only logits have a mean, got values@-1"):
+        EnsembleTeacher(models).check(frozenset({"logits", "values@-1"}))
+    with pytest.raises(ValueError, match=r"all teachers must have the same classes, got logits \[\[1, 2\], \[1, 3\]\]"):
+        EnsembleTeacher([Given([[0.0, 1.0]]), Given([[0.0, 1.0, 2.0]])]).signals({}, frozenset({"logits"}))
+    with pytest.raises(ValueError, match="the student has 2 labels and the teacher 3"):
+        Distiller(tiny_bert(), EnsembleTeacher([models[0], tiny_bert(num_labels=3)]), SoftTarget())
