@@ -11,7 +11,8 @@ A page says where a table goes and what it is made from, paths relative to the r
 The last two come with the picture of the same name beside the raw file. Made of several files, with commas between
 them: `variants` has the last student of each of several runs, `evaluate` all models of the metrics.json of calls of
 `pydistill evaluate`; `steps` is the json of minilm_step.py. `gpu_code` and `gpu_traffic` are of gpu-static.json, which
-tests/ptx/budgets.py writes, `gpu_floors` is computed by the file. A table of which a raw file is missing says so.
+tests/ptx/budgets.py writes, `gpu_floors`, `scaling` and `storage` are computed by the file, `measured_scaling` is what
+scaling.py recorded. A table of which a raw file is missing says so.
 """
 
 from __future__ import annotations
@@ -233,6 +234,28 @@ def gpu_floors(page: Path, source: Path) -> str:
     return f"{grid(lines())}\n\nMicroseconds: floor (what bounds it) / below which our kernels cannot be."
 
 
+def scaling(page: Path, source: Path) -> str:
+    """Computed by the source itself."""
+    from scaling import scaling_lines
+
+    return grid(scaling_lines())
+
+
+def storage(page: Path, source: Path) -> str:
+    """Computed by the source itself."""
+    from scaling import storage_lines
+
+    return grid(storage_lines())
+
+
+def measured_scaling(page: Path, source: Path) -> str:
+    """What docs/scaling.py recorded."""
+    from scaling import measured_lines
+
+    record = json.loads(source.read_text(encoding="utf-8"))
+    return f"{grid(measured_lines(record))}\n\nMeasured on: {record['machine']}, {record['threads']} threads."
+
+
 def picture(page: Path, source: Path) -> str:
     """The png of the same name, where there is one."""
     image = source.with_suffix(".png")
@@ -249,6 +272,9 @@ KINDS: dict[str, Callable[..., str]] = {
     "gpu_code": gpu_code,
     "gpu_traffic": gpu_traffic,
     "gpu_floors": gpu_floors,
+    "scaling": scaling,
+    "storage": storage,
+    "measured_scaling": measured_scaling,
 }
 
 if __name__ == "__main__":
