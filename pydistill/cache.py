@@ -69,6 +69,7 @@ class Definition:
         signals: names as `capture` takes them, sorted.
         dtype: of the stored numbers.
         top_k: how many log-probabilities of each row of logits are stored; None: all logits.
+        token_types: whether the teacher reads them, so that they tell examples apart.
     """
 
     teacher: str
@@ -76,6 +77,7 @@ class Definition:
     signals: tuple[str, ...]
     dtype: str
     top_k: int | None
+    token_types: bool
     format: int = _FORMAT
 
     @property
@@ -118,6 +120,18 @@ def hash_teacher(model: PreTrainedModel, signals: Sequence[str]) -> str:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def _definition(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    signals: tuple[str, ...],
+    dtype: str,
+    top_k: int | None,
+) -> Definition:
+    named = None if tokenizer is None else hash_tokenizer(tokenizer)
+    typed = "token_type_ids" in input_names(model)
+    return Definition(hash_teacher(model, signals), named, signals, dtype, top_k, typed)
 
 
 def _by_token(name: str, signal: Tensor) -> Tensor:
@@ -210,9 +224,7 @@ def write_cache(
     names = tuple(sorted(set(signals)))
     _check_arguments(names, dtype, top_k, share, batch_size_tokens)
     captured = capture(model, names)
-    definition = Definition(
-        hash_teacher(model, names), None if tokenizer is None else hash_tokenizer(tokenizer), names, dtype, top_k
-    )
+    definition = _definition(model, tokenizer, names, dtype, top_k)
     started = time.perf_counter()
     examples = _Examples(rows, input_names(model), share)
     folder = Path(folder)
@@ -498,9 +510,8 @@ class TeacherCache:
         self.folder = Path(folder)
         self.definition = found = _read_definition(self.folder)
         if model is not None:
-            teacher = hash_teacher(model, found.signals)
-            named = None if tokenizer is None else hash_tokenizer(tokenizer)
-            _check_same(self.folder, found, Definition(teacher, named, found.signals, found.dtype, found.top_k))
+            wanted = _definition(model, tokenizer, found.signals, found.dtype, found.top_k)
+            _check_same(self.folder, found, wanted)
         self._index = _Index(self.folder, found)
         self._shards: dict[int, Any] = {}
 
@@ -633,6 +644,8 @@ class CachedTeacher:
         names = sorted(self._wanted)
         examples: list[Example] = []
         absent = 0
+        if not self.cache.definition.token_types:
+            inputs.pop("token_type_ids", None)
         for row, valid in enumerate(mask):
             tokens = {name: array[row, valid] for name, array in inputs.items()}
             example = self.cache.find(tokens["input_ids"], tokens.get("token_type_ids"), names)

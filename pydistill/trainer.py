@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
@@ -153,6 +154,8 @@ class DistillationTrainer(Trainer):
                     "needs processing_class (the student's tokenizer) or data_collator, got neither",
                 )
             data_collator = DistillationCollator(processing_class)
+        # What the student alone is evaluated on need not be in a teacher's cache.
+        self._student_collator = data_collator
         if isinstance(distiller.teacher, CachedTeacher):
             data_collator = distiller.teacher.collator(data_collator)
         self.distiller = distiller
@@ -277,6 +280,26 @@ class DistillationTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return _EpochLengthSampler(size, self._lengths(dataset), seed)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The rows that are evaluated; without a teacher's signals where the student is evaluated alone."""
+        with self._collating_for_evaluation():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The same of rows that are predicted."""
+        with self._collating_for_evaluation():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _collating_for_evaluation(self) -> Iterator[None]:
+        collator = self.data_collator
+        if self.distiller.reads_logits:
+            self.data_collator = self._student_collator
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # With group_by_length the base class shuffles here too, and predictions no longer follow the rows.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_rows, tiny_tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import DistilBertConfig, DistilBertModel, TrainingArguments
 
 from pydistill import AttentionRelation, ProjectedMSE, SoftTarget
 from pydistill.cache import CachedTeacher, TeacherCache, TeacherCacheError, write_cache
@@ -166,6 +166,20 @@ def test_weights_behind_the_signals_do_not_matter(tmp_path):
         TeacherCache(tmp_path, model=changed)
 
 
+def test_token_types_tell_examples_apart(tmp_path):
+    """But zeros are no types at all, and to a teacher that does not read them all are the same."""
+    ids = ROWS[0]["input_ids"]
+    typed = [{"input_ids": ids, "token_type_ids": [kind] * len(ids)} for kind in (0, 1)]
+    assert write(tmp_path / "a", [{"input_ids": ids}, *typed]).examples == 2
+    batch = {name: torch.tensor([typed[1][name]]) for name in typed[1]}
+    found = cached(tmp_path / "a").read(batch)["logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, teacher().eval()(**batch).logits)
+    distil = DistilBertModel(DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32))
+    assert write(tmp_path / "b", typed, ["hidden_states@0"], model=distil).examples == 1
+    assert cached(tmp_path / "b", ["hidden_states@0"]).read(batch)
+
+
 def test_damage_is_noticed(tmp_path):
     write(tmp_path, ROWS.select(range(4)))
     (path,) = tmp_path.glob("*.safetensors")
@@ -218,7 +232,8 @@ def test_top_k(tmp_path, dtype):
 
 
 def test_training_reads_what_it_would_have_computed(tmp_path):
-    """The same losses as with the teacher beside the student, to rounding: it ran with other padding."""
+    """The same losses as with the teacher beside the student, to rounding: it ran with other padding. What the student
+    is evaluated on is not in the cache."""
     terms = [SoftTarget(temperature=2.0), AttentionRelation(), ProjectedMSE(16, 16)]
     logs = {}
     write(tmp_path / "cache", signals=sorted(Objective(terms).teacher_signals))
@@ -232,7 +247,7 @@ def test_training_reads_what_it_would_have_computed(tmp_path):
             use_cpu=True, eval_strategy="epoch",
         )  # fmt: skip
         trainer = DistillationTrainer(
-            Distiller(tiny_bert(seed=0), source, objective), arguments, ROWS, ROWS.select(range(6)),
+            Distiller(tiny_bert(seed=0), source, objective), arguments, ROWS, tiny_rows(6, seed=9),
             processing_class=tiny_tokenizer(),
         )  # fmt: skip
         trainer.train()
