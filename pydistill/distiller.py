@@ -75,6 +75,7 @@ class Distiller(nn.Module):
         self.teacher: Teacher | None = OnlineTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.student_inputs = input_names(student)
         self._student_capture = self._check_signals()
+        self._check_shift()
         self._check_teacher()
 
     @property
@@ -189,6 +190,17 @@ class Distiller(nn.Module):
         except ValueError as error:
             raise ValueError(f"Distiller: the objective reads what the teacher cannot give: {error}") from error
         return student
+
+    def _check_shift(self) -> None:
+        """The labels of a causal language model are its tokens, of every other model what its logits are about."""
+        config = getattr(self.student, "config", None)
+        generates = getattr(self.student, "can_generate", lambda: False)()
+        causal = generates and not getattr(config, "is_encoder_decoder", False)
+        for term in self.objective.terms:
+            shift = getattr(term, "shift", causal)
+            if shift != causal:
+                kind = "is a" if causal else "is no"
+                _fail(f"{type(self.student).__name__} {kind} causal language model: give {term.name} shift={causal}")
 
     def _check_teacher(self) -> None:
         members = self.teacher.teachers if isinstance(self.teacher, EnsembleTeacher) else [self.teacher]

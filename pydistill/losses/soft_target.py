@@ -516,6 +516,9 @@ class SoftTarget(nn.Module):
         weight: factor of this term in the objective's sum.
         name: under which the term's value is logged.
         divergence, temperature, hard_weight, jsd_beta, scale_by_temperature, inplace, impl: see `soft_target_loss`.
+        shift: for causal language models, whose ``labels [B, N]`` are the tokens themselves: the logits of a token are
+            compared where the label of the next one counts (it is not -100, and of packed rows it belongs to the same
+            text).
     """
 
     student_signals = frozenset({"logits"})
@@ -532,6 +535,7 @@ class SoftTarget(nn.Module):
         scale_by_temperature: bool = True,
         inplace: bool = False,
         impl: str = "auto",
+        shift: bool = False,
     ) -> None:
         super().__init__()
         # hard_weight=1 is checked against the labels of a batch; here any labels will do.
@@ -549,13 +553,14 @@ class SoftTarget(nn.Module):
             "inplace": inplace,
             "impl": impl,
         }
+        self.shift = shift
         # Told to the objective, which must not let another term read what this one overwrites.
         self.inplace = inplace
         self.teacher_signals = frozenset() if hard_weight == 1 else frozenset({"logits"})
 
     def count_items(self, batch: Mapping[str, Tensor]) -> Tensor | int:
         """How many rows of `batch` this term's mean runs over: those with a class id, or all where there are none."""
-        labels = _class_ids(batch)
+        labels = self._labels(batch)
         return next(iter(batch.values())).shape[0] if labels is None else (labels != -100).sum()
 
     def forward(
@@ -569,7 +574,7 @@ class SoftTarget(nn.Module):
 
         Integer ``labels`` of the batch are class ids: rows labelled -100 are left out, also where ``hard_weight`` is 0.
         """
-        student_logits, labels = student["logits"], _class_ids(batch)
+        student_logits, labels = student["logits"], self._labels(batch)
         if labels is None and num_items is not None and student_logits.dim() > 2:
             _fail(
                 "logits of several rows per example need labels (-100 where a row does not count), "
@@ -582,8 +587,23 @@ class SoftTarget(nn.Module):
         total = F.cross_entropy(student_logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
         return total / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
 
+    def _labels(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Class ids of the rows of logits; None where the batch has none."""
+        labels = _class_ids(batch)
+        if not self.shift:
+            return labels
+        if labels is None or labels.dim() < 2:
+            _fail("shift=True needs integer labels [B, N], such as the token ids with -100 where the prompt is")
+        following = labels[:, 1:]
+        segments = batch.get("segment_ids")
+        if segments is not None:
+            following = following.masked_fill(segments[:, 1:] != segments[:, :-1], -100)
+        return F.pad(following, (0, 1), value=-100)
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value!r}" for key, value in {"weight": self.weight, **self.options}.items())
+        return ", ".join(
+            f"{key}={value!r}" for key, value in {"weight": self.weight, **self.options, "shift": self.shift}.items()
+        )
 
 
 def _class_ids(batch: Mapping[str, Tensor]) -> Tensor | None:
