@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, check, errors, has_kernel
+from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, has_kernel, judge
 from pydistill.bench.gpu import on, product_limit
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
@@ -278,18 +278,10 @@ def gate(problem: Problem, providers: Sequence[str], compiled: Callable[..., Ten
         None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
         for tensor in part.arguments
     ]
-    truth = by_reference(exact)
-    reference = errors(by_reference(part.arguments), truth)
-    measured: dict[str, Errors] = {}
-    for provider in providers:
-        if provider in LIMITS:
-            continue
-        measured[provider] = errors(provider_call(provider, part, compiled)(), truth)
-        # As cross, a bf16 gradient is the sum of two that were rounded already: a worse way, not a wrong kernel.
-        if provider == "ours":
-            what = f"{LOSS} {provider} on {tuple(part.student_a.shape)} {part.student_a.dtype}"
-            check(what, measured[provider], reference)
-    return measured
+    what = f"{LOSS} {{}} on {tuple(part.student_a.shape)} {part.student_a.dtype}"
+    # As cross, a bf16 gradient is the sum of two that were rounded already: a worse way, not a wrong kernel.
+    reference, truth = by_reference(part.arguments), by_reference(exact)
+    return judge(what, providers, lambda one: provider_call(one, part, compiled), reference, truth)
 
 
 def cases(sizes: Sequence[Size] | None, names: Sequence[str], *, quick: bool) -> list[tuple[Size, list[str]]]:

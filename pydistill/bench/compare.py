@@ -7,7 +7,7 @@ A benchmark is a module such as `soft_target`: it says what a problem is, who co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,6 +113,23 @@ def check(what: str, found: Errors, reference: Errors) -> None:
             f"{what}: value error {found.value:.1e} (allowed {allowed.value:.1e}), "
             f"gradient error {found.gradient:.1e} (allowed {allowed.gradient:.1e})"
         )
+
+
+def judge(
+    problem: str,
+    providers: Sequence[str],
+    call_of: Callable[[str], Callable[[], Result]],
+    reference: Result,
+    truth: Result,
+    kernels: Sequence[str] = ("ours",),
+) -> dict[str, Errors]:
+    """Errors of every provider on a problem that is small enough for float64; raises GateError for one of `kernels`."""
+    allowed = errors(reference, truth)
+    found = {provider: errors(call_of(provider)(), truth) for provider in providers if provider not in LIMITS}
+    for kernel in kernels:
+        if kernel in found:
+            check(problem.format(kernel), found[kernel], allowed)
+    return found
 
 
 def has_kernel(loss: str, device: torch.device = CPU) -> bool:

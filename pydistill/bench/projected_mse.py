@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, check, errors
+from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, judge
 from pydistill.bench.gpu import on, product_limit
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
@@ -171,17 +171,9 @@ def gate(problem: Problem, providers: Sequence[str], compiled: Callable[..., Ten
         return value.detach(), torch.autograd.grad(value, part.trained)
 
     part = problem.part()
+    what = f"{LOSS} {{}} on {tuple(part.student.shape)} {part.student.dtype}"
     truth = by_reference(problem.part(torch.float64))
-    reference = errors(by_reference(part), truth)
-    measured = {
-        provider: errors(provider_call(provider, part, compiled)(), truth)
-        for provider in providers
-        if provider not in LIMITS
-    }
-    if "ours" in measured:
-        what = f"{LOSS} ours on {tuple(part.student.shape)} {part.student.dtype}"
-        check(what, measured["ours"], reference)
-    return measured
+    return judge(what, providers, lambda one: provider_call(one, part, compiled), by_reference(part), truth)
 
 
 def cases(sizes: Sequence[Size] | None, names: Sequence[str], *, quick: bool) -> list[tuple[Size, list[str]]]:

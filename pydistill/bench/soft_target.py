@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pydistill import _dispatch
 from pydistill.bench import liger
-from pydistill.bench.compare import CPU, Errors, Result, Size, Target, Workload, check, errors, has_kernel
+from pydistill.bench.compare import CPU, Errors, Result, Size, Target, Workload, has_kernel, judge
 from pydistill.bench.gpu import on
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
@@ -185,16 +185,16 @@ def gate(
     value = soft_target.soft_target_reference(exact, part.teacher.double(), labels, **keywords)
     truth = value.detach(), torch.autograd.grad(value, exact)
     value = soft_target.soft_target_reference(part.student, part.teacher, labels, **keywords)
-    reference = errors((value.detach(), torch.autograd.grad(value, part.student)), truth)
-    measured: dict[str, Errors] = {}
-    for provider in providers:
-        if provider == "limit":
-            continue
-        measured[provider] = errors(provider_call(provider, part, hard_weight, compiled)(), truth)
-        if provider.startswith("ours"):
-            what = f"{LOSS} {provider} on {tuple(part.student.shape)} {part.student.dtype}"
-            check(what, measured[provider], reference)
-    return measured
+    reference = value.detach(), torch.autograd.grad(value, part.student)
+    what = f"{LOSS} {{}} on {tuple(part.student.shape)} {part.student.dtype}"
+    return judge(
+        what,
+        providers,
+        lambda one: provider_call(one, part, hard_weight, compiled),
+        reference,
+        truth,
+        kernels=("ours", "ours in place"),
+    )
 
 
 def cases(sizes: Sequence[Size] | None, names: Sequence[str], *, quick: bool) -> list[tuple[Size, list[str]]]:
