@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from pydistill import _dispatch
+from pydistill.bench import benchmarks
 
 TESTS = Path(__file__).resolve().parents[1]
 IMPLEMENTATIONS = ("cuda", "triton")
@@ -60,7 +61,7 @@ def steps(out: Path) -> Iterator[Step]:
                     {"PYDISTILL_TEST_IMPL": implementation},
                     TEST_SHARE,
                 )
-    for loss in _dispatch.LOSSES:
+    for loss in benchmarks():
         command = ["-m", "pydistill.bench", loss, "--device", "cuda", "--quick", "--out", str(out)]
         yield Step(f"bench {loss}", command, {}, BENCH_SHARE)
 
