@@ -196,7 +196,8 @@ class Distiller(nn.Module):
         config = getattr(self.student, "config", None)
         generates = getattr(self.student, "can_generate", lambda: False)()
         causal = generates and not getattr(config, "is_encoder_decoder", False)
-        for term in self.objective.terms:
+        # An objective of a kind of its own, such as that of dual training, has no terms.
+        for term in getattr(self.objective, "terms", ()):
             shift = getattr(term, "shift", causal)
             if shift != causal:
                 kind = "is a" if causal else "is no"
