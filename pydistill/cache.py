@@ -15,8 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -27,11 +26,12 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
-from pydistill.capture import ATTENTION_KINDS, LOGITS, Capture, capture, unreachable_parameters
+from pydistill.capture import ATTENTION_KINDS, LOGITS, Capture, capture, evaluating, unreachable_parameters
 from pydistill.packing import SEGMENTS
-from pydistill.report import write_text
+from pydistill.report import replacing
 from pydistill.teachers import (
     TEACHER_PREFIX,
+    FlatTokens,
     batches_of_one_length,
     hash_json,
     hash_model,
@@ -42,8 +42,8 @@ from pydistill.teachers import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Batch keys of cached signals; with the teacher's prefix, which an evaluation of the student alone leaves out.
-CACHED = f"{TEACHER_PREFIX}cached:"
+# Of batch keys of cached signals; with the teacher's prefix, which an evaluation of the student alone leaves out.
+_CACHED = f"{TEACHER_PREFIX}cached:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMAT = 1
 _MANIFEST = "cache.json"
@@ -90,7 +90,7 @@ class Definition:
         if self.format != other.format:
             found.append(f"the file format ({self.format} there, {other.format} here)")
         if self.teacher != other.teacher:
-            found.append("the teacher's weights or configuration")
+            found.append("the teacher's weights, their dtype or its configuration")
         if None not in (self.tokenizer, other.tokenizer) and self.tokenizer != other.tokenizer:
             found.append("the tokenizer")
         for name in ("signals", "dtype", "top_k"):
@@ -158,8 +158,10 @@ def _from_top_k(values: Tensor, indices: Tensor, tail: Tensor, classes: int) -> 
     return dense.scatter(-1, indices.long(), values)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of a shard: its tensors, and what it says of them beside this checksum."""
+    told = {name: value for name, value in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(hash_json(told).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -188,7 +190,7 @@ def write_cache(
     folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str = "float32",
+    dtype: str = "bfloat16",
     top_k: int | None = None,
     share: tuple[int, int] = (0, 1),
     batch_size_tokens: int = 4096,
@@ -237,7 +239,7 @@ def write_cache(
     bar = tqdm(total=int(lengths.sum()), desc="cache", unit="tok", unit_scale=True, disable=not progress)
     flushed = time.perf_counter()
     try:
-        with bar, _evaluating(model), torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
+        with bar, evaluating(model), torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
             for batch in batches_of_one_length(examples.lengths[order], batch_size_tokens) if len(order) else ():
                 chosen = order[batch]
                 found = captured(**examples.batch(chosen, model.device))
@@ -271,19 +273,8 @@ def _check_arguments(
         _fail(where, f"batch_size_tokens must be at least 1, got {batch_size_tokens}")
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Examples:
-    """Distinct examples in flat arrays: lists of Python integers would take ten times the memory."""
+class _Examples(FlatTokens):
+    """Distinct examples, and their keys."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], model_inputs: frozenset[str], share: tuple[int, int]) -> None:
         parts: dict[str, list[np.ndarray]] = {"input_ids": [], "token_type_ids": []}
@@ -308,18 +299,16 @@ class _Examples:
             parts["input_ids"].append(ids)
             parts["token_type_ids"].append(types)
         self.keys = np.array(list(keys), dtype=f"S{2 * _KEY_BYTES}")
-        self.lengths = np.array([len(ids) for ids in parts["input_ids"]], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
-        self.flat = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
         # A teacher that was never asked to tell texts apart is not asked now: the same inputs as in training.
-        if not typed or not any(array.any() for array in parts["token_type_ids"]):
-            self.flat.pop("token_type_ids", None)
+        if not any(array.any() for array in parts["token_type_ids"]):
+            del parts["token_type_ids"]
+        lengths = [len(ids) for ids in parts["input_ids"]]
+        super().__init__(lengths, {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays})
         self.mask = "attention_mask" in model_inputs
 
     def batch(self, chosen: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """Inputs of the model for examples of one length: each ``[B, N]``, no padding."""
-        places = self.starts[chosen][:, None] + np.arange(self.lengths[chosen[0]])[None, :]
-        found = {name: torch.from_numpy(flat[places].astype(np.int64)).to(device) for name, flat in self.flat.items()}
+        found = super().batch(chosen, device)
         return found | ({"attention_mask": torch.ones_like(found["input_ids"])} if self.mask else {})
 
 
@@ -379,17 +368,18 @@ class _Writer:
         tensors = {name: torch.cat(parts) for name, parts in self._signals.items()}
         tensors["keys"] = torch.from_numpy(keys.view(np.uint8).reshape(len(keys), -1).copy())
         tensors["starts"] = torch.tensor([0, *np.cumsum(self._lengths)], dtype=torch.int64)
-        checksum = _checksum(tensors)
-        metadata = {"definition": self.definition.key, "sha256": checksum}
-        metadata |= {"classes": str(self._classes), "by_row": ",".join(sorted(self._by_row))}
+        metadata = {
+            "definition": self.definition.key,
+            "classes": str(self._classes),
+            "by_row": ",".join(sorted(self._by_row)),
+        }
+        metadata["sha256"] = _checksum(tensors, metadata)
         # Named by what it holds: two writers that computed the same write the same file.
-        path = self.folder / f"signals-{checksum[:20]}.safetensors"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        self.written += temporary.stat().st_size
-        os.replace(temporary, path)
+        with replacing(self.folder / f"signals-{metadata['sha256'][:20]}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            self.written += temporary.stat().st_size
         self._keys, self._lengths, self._signals, self.pending_bytes = [], [], {}, 0
 
 
@@ -401,12 +391,19 @@ def _open_folder(folder: Path, definition: Definition) -> Definition:
     if folder.exists() and not folder.is_dir():
         _refuse(folder, "is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / _MANIFEST).exists():
-        content = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        # Another writer may have come first.
-        if content and not (folder / _MANIFEST).exists():
+    content = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if _MANIFEST not in content:
+        if content:
             _refuse(folder, f"holds {content[0]} but no {_MANIFEST}, so it is no teacher cache; name another folder")
-        write_text(folder / _MANIFEST, json.dumps(asdict(definition) | {"key": definition.key}, indent=2) + "\n")
+        # Of several writers the first one says what the folder is: unlike a rename, a link replaces nothing.
+        temporary = folder / f".{_MANIFEST}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(asdict(definition) | {"key": definition.key}, indent=2) + "\n")
+        try:
+            os.link(temporary, folder / _MANIFEST)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
     found = _read_definition(folder)
     _check_same(folder, found, definition)
     return found
@@ -552,7 +549,9 @@ class TeacherCache:
 
             path = self._index.paths[number]
             shard = safe_open(path, framework="pt")
-            if _checksum({name: shard.get_tensor(name) for name in shard.keys()}) != shard.metadata()["sha256"]:
+            metadata = shard.metadata()
+            tensors = {name: shard.get_tensor(name) for name in shard.keys()}
+            if _checksum(tensors, metadata) != metadata.get("sha256"):
                 _refuse(
                     self.folder,
                     f"is damaged: the content of {path.name} does not match its checksum; delete that file and write "
@@ -594,14 +593,21 @@ class CachedTeacher:
     def __init__(self, cache: TeacherCache | str | Path, model: PreTrainedModel | None = None) -> None:
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache, model=model)
         self.model = model
+        # Several caches may add to one batch.
+        self._prefix = f"{_CACHED}{self.cache.definition.key[:12]}:"
         self._wanted: set[str] = set()
         self._captures: dict[tuple[str, ...], Capture] = {}
+
+    @property
+    def log_probabilities(self) -> bool:
+        """Whether its logits are log-probabilities: those that top-k keeps are."""
+        return self.cache.definition.top_k is not None
 
     @property
     def batch_keys(self) -> frozenset[str]:
         """Cached signals, and the tokens by which they are found."""
         tokens = {f"{TEACHER_PREFIX}{name}" for name in ("input_ids", "attention_mask", "token_type_ids")}
-        return frozenset({CACHED + name for name in self.cache.definition.signals} | tokens)
+        return frozenset({self._prefix + name for name in self.cache.definition.signals} | tokens)
 
     def check(self, names: frozenset[str]) -> None:
         """See `Teacher.check`."""
@@ -623,16 +629,16 @@ class CachedTeacher:
         Raises:
             ValueError: it did not.
         """
-        if absent := sorted(name for name in names if CACHED + name not in batch):
+        if absent := sorted(name for name in names if self._prefix + name not in batch):
             _fail(
                 "CachedTeacher",
                 f"the batch holds no cached {', '.join(absent)}; train with DistillationTrainer, or collate with "
                 "teacher.collator(...)",
             )
-        return {name: batch[CACHED + name] for name in names}
+        return {name: batch[self._prefix + name] for name in names}
 
     def read(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The wanted signals for a batch: from the cache, or computed where it lacks them; zero where there is padding.
+        """The wanted signals by batch key: from the cache, or computed where it lacks them; zero where padding is.
 
         Queries, keys and values are ``[B, H, N, d]``, hidden states ``[B, N, D]``, logits ``[B, C]`` or ``[B, N, C]``.
 
@@ -658,7 +664,10 @@ class CachedTeacher:
                 f"CachedTeacher: {self.cache.folder} lacks {absent} of the {len(mask)} examples of a batch; run "
                 "pydistill cache on these texts, which computes only what is missing, or pass the model"
             )
-        return {name: _by_token(name, _padded([example[name] for example in examples], mask)) for name in names}
+        return {
+            self._prefix + name: _by_token(name, _padded([example[name] for example in examples], mask))
+            for name in names
+        }
 
     def _compute(self, model: PreTrainedModel, tokens: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Example:
         """As the cache would have it: the example alone, without padding. Logits are whole, also where the cache keeps
@@ -669,7 +678,7 @@ class CachedTeacher:
         inputs = {
             name: torch.from_numpy(array)[None].to(model.device) for name, array in tokens.items() if name in known
         }
-        with _evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             found = self._capture(names)(**inputs)
         dtype = DTYPES[self.cache.definition.dtype]
         return {name: _by_token(name, signal)[0].to("cpu", dtype) for name, signal in found.items()}
@@ -697,7 +706,7 @@ class _CachedCollator:
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
-        return batch | {CACHED + name: signal for name, signal in self.teacher.read(batch).items()}
+        return batch | self.teacher.read(batch)
 
 
 def _refuse(folder: Path, reason: str) -> NoReturn:

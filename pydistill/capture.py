@@ -215,6 +215,18 @@ class Capture:
         return self._modules[names[0]]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode; each of its modules is left in the mode that it was found in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def unreachable_parameters(
     model: nn.Module, signals: Iterable[str], inputs: Mapping[str, Any], *, stop_early: bool = True
 ) -> list[str]:
@@ -228,17 +240,11 @@ def unreachable_parameters(
         inputs: one batch, as the model takes it.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     # Without dropout, and without the layers that some models leave out at random.
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            captured = capture(model, signals, stop_early=stop_early)(**inputs)
-            reached = {id(leaf) for leaf in _leaves(captured.values())}
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
+        captured = capture(model, signals, stop_early=stop_early)(**inputs)
+        reached = {id(leaf) for leaf in _leaves(captured.values())}
     return [name for name, parameter in trainable.items() if id(parameter) not in reached]
 
 

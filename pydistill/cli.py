@@ -9,8 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydistill.config import UserError, find_recipe, known_keys, load_section, parse_overrides, read_yaml, schema_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WELCOME = """\
 pydistill: distil a Transformer into a small, fast student.
@@ -235,15 +239,10 @@ def vocab_command(words: list[str]) -> int:
     parser.add_argument("--text-column", default="text", help="of files with columns")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds a tokenizer")
     options = parser.parse_args(words)
-    from pydistill.config import resolve_path
     from pydistill.data.corpus import CorpusSection
     from pydistill.data.vocabulary import write_vocabulary
-    from pydistill.inference import ModelError, load_tokenizer
 
-    try:
-        teacher = load_tokenizer(resolve_path(options.teacher))
-    except ModelError as error:
-        raise UserError(f"vocab: --teacher: {error}; name a model of the BERT family") from None
+    teacher = _tokenizer_of("vocab", options.teacher, "; name a model of the BERT family")
     tokenizer = write_vocabulary(
         CorpusSection(files=options.corpus, text_column=options.text_column),
         teacher,
@@ -256,6 +255,16 @@ def vocab_command(words: list[str]) -> int:
     shared = f"{len(pieces & theirs):,} of them among the teacher's {len(theirs):,}"
     print(f"{options.output}: {len(pieces):,} pieces, {shared}")
     return 0
+
+
+def _tokenizer_of(command: str, teacher: str, hint: str = "") -> PreTrainedTokenizerBase:
+    from pydistill.config import resolve_path
+    from pydistill.inference import ModelError, load_tokenizer
+
+    try:
+        return load_tokenizer(resolve_path(teacher))
+    except ModelError as error:
+        raise UserError(f"{command}: --teacher: {error}{hint}") from None
 
 
 def cache_command(words: list[str]) -> int:
@@ -281,9 +290,7 @@ def cache_command(words: list[str]) -> int:
 
     from pydistill.cache import write_cache
     from pydistill.capture import LOGITS
-    from pydistill.config import resolve_path
-    from pydistill.data.corpus import CorpusSection, load_corpus
-    from pydistill.inference import ModelError, load_tokenizer
+    from pydistill.data.corpus import Corpus, TextSource, corpus_texts
     from pydistill.plan import load_model_config, quiet, resolve_model
 
     try:
@@ -291,25 +298,26 @@ def cache_command(words: list[str]) -> int:
     except ValueError:
         raise UserError(f"cache: --share must be i/n, such as 0/4, got {options.share!r}") from None
     teacher = resolve_model(options.teacher, "--teacher")
-    config = load_model_config(teacher)
-    architectures = list(config.architectures or [])
-    if LOGITS in options.signals and not architectures:
-        raise UserError(f"cache: --teacher: {options.teacher} does not say of what class it is, so it has no logits")
-    loader = getattr(transformers, architectures[0]) if LOGITS in options.signals else transformers.AutoModel
-    try:
-        tokenizer = load_tokenizer(resolve_path(options.teacher))
-    except ModelError as error:
-        raise UserError(f"cache: --teacher: {error}") from None
-    section = CorpusSection(files=options.corpus, text_column=options.text_column, max_length=options.max_length)
-    stream = load_corpus(section, tokenizer)
+    loader: Any = transformers.AutoModel
+    if LOGITS in options.signals:
+        # The class that the model's own configuration names: it knows what the head is for.
+        (name,) = (load_model_config(teacher).architectures or [""])[:1]
+        loader = getattr(transformers, name, None)
+        if loader is None:
+            raise UserError(
+                f"cache: --teacher: {options.teacher} is of the class {name!r}, which transformers does not have; use "
+                "pydistill.cache.write_cache with the model itself"
+            )
+    tokenizer = _tokenizer_of("cache", options.teacher)
     # Once through, in order; what a run holds out is there too.
-    stream.endless, stream.shuffle_buffer = False, 1
+    texts = corpus_texts(TextSource(files=options.corpus, text_column=options.text_column))
+    rows = Corpus(texts, tokenizer, max_length=options.max_length, shuffle_buffer=1, endless=False)
     with quiet():
         model = loader.from_pretrained(teacher, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         done = write_cache(
-            stream, model, options.signals, options.folder, tokenizer=tokenizer, dtype=options.dtype,
+            rows, model, options.signals, options.folder, tokenizer=tokenizer, dtype=options.dtype,
             top_k=options.top_k, share=(number, of), batch_size_tokens=options.batch_size_tokens,
         )  # fmt: skip
     except ValueError as error:

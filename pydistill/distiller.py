@@ -75,7 +75,7 @@ class Distiller(nn.Module):
         self.teacher: Teacher | None = OnlineTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.student_inputs = input_names(student)
         self._student_capture = self._check_signals()
-        self._check_shift()
+        self._check_terms()
         self._check_teacher()
 
     @property
@@ -191,17 +191,23 @@ class Distiller(nn.Module):
             raise ValueError(f"Distiller: the objective reads what the teacher cannot give: {error}") from error
         return student
 
-    def _check_shift(self) -> None:
-        """The labels of a causal language model are its tokens, of every other model what its logits are about."""
+    def _check_terms(self) -> None:
+        """The labels of a causal language model are its tokens, of every other model what its logits are about. And not
+        every teacher has raw logits; of one output, a regression, there is no other kind."""
         config = getattr(self.student, "config", None)
         generates = getattr(self.student, "can_generate", lambda: False)()
         causal = generates and not getattr(config, "is_encoder_decoder", False)
+        normalized = getattr(self.teacher, "log_probabilities", False) and _num_labels(self.student) != 1
         # An objective of a kind of its own, such as that of dual training, has no terms.
         for term in getattr(self.objective, "terms", ()):
-            shift = getattr(term, "shift", causal)
-            if shift != causal:
+            if getattr(term, "shift", causal) != causal:
                 kind = "is a" if causal else "is no"
                 _fail(f"{type(self.student).__name__} {kind} causal language model: give {term.name} shift={causal}")
+            if normalized and getattr(term, "raw_logits", False):
+                _fail(
+                    f"{term.name} compares raw logits, and {type(self.teacher).__name__} has log-probabilities; choose "
+                    "another divergence, or a teacher that has logits"
+                )
 
     def _check_teacher(self) -> None:
         members = self.teacher.teachers if isinstance(self.teacher, EnsembleTeacher) else [self.teacher]

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pydistill.capture import LOGITS, Capture, capture
+from pydistill.capture import LOGITS, Capture, capture, evaluating
 from pydistill.packing import model_inputs
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class Teacher(Protocol):
 
     Attributes:
         batch_keys: keys of the batch that it may read.
+        log_probabilities: optional; whether its logits are log-probabilities, which are as good as logits to everything
+            but a comparison of raw logits.
+        collator: optional; ``collator(collate)`` returns a collator that adds what the teacher reads to its batches.
     """
 
     @property
@@ -130,6 +133,8 @@ class EnsembleTeacher:
         teachers: teachers, or models (made `OnlineTeacher`), of the same classes in the same order; at least one.
     """
 
+    log_probabilities = True
+
     def __init__(self, teachers: Sequence[Teacher | nn.Module]) -> None:
         self.teachers = [OnlineTeacher(one) if isinstance(one, nn.Module) else one for one in teachers]
         if not self.teachers:
@@ -149,6 +154,12 @@ class EnsembleTeacher:
         for one in self.teachers:
             one.check(names)
 
+    def collator(self, collate: Callable[[list[Any]], dict[str, Any]]) -> Callable[[list[Any]], dict[str, Any]]:
+        """`collate` with what each of them adds to a batch."""
+        for one in self.teachers:
+            collate = with_signals(one, collate)
+        return collate
+
     def signals(self, batch: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
         """Return the logarithm of the mean of the probabilities, in fp32 (of one output: the mean).
 
@@ -163,6 +174,14 @@ class EnsembleTeacher:
         if logits.shape[-1] == 1:
             return {LOGITS: logits.mean(0)}
         return {LOGITS: logits.log_softmax(-1).logsumexp(0) - math.log(len(found))}
+
+
+def with_signals(
+    teacher: Teacher | None, collate: Callable[[list[Any]], dict[str, Any]]
+) -> Callable[[list[Any]], dict[str, Any]]:
+    """`collate`, with what the teacher adds to batches where it adds anything."""
+    collator = getattr(teacher, "collator", None)
+    return collate if collator is None else collator(collate)
 
 
 class RecordedTeacher:
@@ -405,8 +424,23 @@ def _check_logits(logits: np.ndarray, rows: Sequence[Row]) -> None:
         )
 
 
-class _Tokens:
-    """Token ids of many rows in flat arrays: lists of Python integers would take ten times the memory."""
+class FlatTokens:
+    """Inputs of many rows in flat arrays, each `lengths` long: lists of Python integers would take ten times the
+    memory."""
+
+    def __init__(self, lengths: Sequence[int], flat: dict[str, np.ndarray]) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.flat = flat
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
+
+    def batch(self, chosen: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """Inputs of the model for the rows `chosen`, all of one length: each ``[B, N]``, no padding, no mask."""
+        places = self._starts[chosen][:, None] + np.arange(self.lengths[chosen[0]])[None, :]
+        return {name: torch.from_numpy(flat[places].astype(np.int64)).to(device) for name, flat in self.flat.items()}
+
+
+class _Tokens(FlatTokens):
+    """Texts, tokenized."""
 
     def __init__(
         self,
@@ -431,14 +465,7 @@ class _Tokens:
                 for name in [name for name in names if name in encoded]:
                     parts[name].append(np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded[name]]))
                 bar.update(len(texts[0]))
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
-        self.flat = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
-
-    def batch(self, chosen: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Inputs of the model for the rows `chosen`, all of one length: each ``[B, N]``, no padding, no mask."""
-        places = self.starts[chosen][:, None] + np.arange(self.lengths[chosen[0]])[None, :]
-        return {name: torch.from_numpy(flat[places].astype(np.int64)).to(device) for name, flat in self.flat.items()}
+        super().__init__(lengths, {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays})
 
 
 @contextmanager
@@ -448,13 +475,8 @@ def inference_copy(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[PreTr
         converted: Any = copy.deepcopy(model)
         yield converted.to(dtype).eval()
         return
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
+    with evaluating(model):
         yield model
-    finally:
-        for module in training:
-            module.training = True
 
 
 # --------------------------------------------------------------------------- the folder of recorded logits

@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.utils import logging
 
-from pydistill.cache import CachedTeacher
 from pydistill.capture import LOGITS
 from pydistill.distiller import Distiller
-from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX
+from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX, with_signals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -156,8 +155,7 @@ class DistillationTrainer(Trainer):
             data_collator = DistillationCollator(processing_class)
         # What the student alone is evaluated on need not be in a teacher's cache.
         self._student_collator = data_collator
-        if isinstance(distiller.teacher, CachedTeacher):
-            data_collator = distiller.teacher.collator(data_collator)
+        data_collator = with_signals(distiller.teacher, data_collator)
         self.distiller = distiller
         self._part_sums: dict[str, Tensor] = {}
         self._parts_since = 0

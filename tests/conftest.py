@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from poison import poisoned_memory
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from interpreter import mend_bf16
@@ -32,17 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Every tensor that torch allocates without a value, in Python or C++, is filled with NaN (or the largest
-    integer)."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+@pytest.fixture(name="poisoned_memory")
+def _poisoned_memory() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture

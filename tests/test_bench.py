@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from cases import IMPLEMENTATIONS
+from processes import in_a_new_process
 
 from pydistill import _dispatch
 from pydistill.bench import (
@@ -555,3 +556,18 @@ def test_providers_on_a_gpu(monkeypatch):
         monkeypatch.setattr(liger, "find_spec", lambda name, found=installed: object() if found else None)
         assert ("liger" in linear_soft_target.providers_here(torch.device("cuda"))) is installed
         assert "liger" not in linear_soft_target.providers_here() + soft_target.providers_here()
+
+
+def test_liger_computes_the_same():
+    """In Triton's interpreter, where liger-kernel is installed; it is no requirement."""
+    pytest.importorskip("liger_kernel")
+    pytest.importorskip("triton")
+    code = """
+import torch
+from pydistill.bench.linear_soft_target import Problem, plain_loss, provider_call
+problem = Problem.random((6, 8, 12, 50), torch.float32)
+found = [provider_call(provider, problem, plain_loss)() for provider in ("eager", "liger")]
+torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+print("the same")
+"""
+    assert in_a_new_process(["-c", code], TRITON_INTERPRET="1").endswith("the same\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DistilBertConfig, DistilBertModel, TrainingArguments
 
-from pydistill import AttentionRelation, ProjectedMSE, SoftTarget
+from pydistill import AttentionRelation, ProjectedMSE, SoftTarget, soft_target_loss
 from pydistill.cache import CachedTeacher, TeacherCache, TeacherCacheError, write_cache
 from pydistill.capture import capture
 from pydistill.distiller import Distiller
 from pydistill.objective import Objective
+from pydistill.teachers import EnsembleTeacher
 from pydistill.trainer import DistillationCollator, DistillationTrainer
 
 SIGNALS = ("logits", "hidden_states@-1", "queries@-1", "keys@0", "values@-1")
@@ -34,7 +36,7 @@ def teacher() -> Any:
 
 
 def write(folder: Path, rows: Any = ROWS, signals: Any = SIGNALS, **options: Any) -> Any:
-    given = {"batch_size_tokens": 40, "progress": False, "tokenizer": tiny_tokenizer()} | options
+    given = {"dtype": "float32", "batch_size_tokens": 40, "progress": False, "tokenizer": tiny_tokenizer()} | options
     return write_cache(rows, given.pop("model", None) or teacher(), signals, folder, **given)
 
 
@@ -42,6 +44,11 @@ def cached(folder: Path, signals: Any = SIGNALS, **options: Any) -> CachedTeache
     found = CachedTeacher(TeacherCache(folder), **options)
     found.check(frozenset(signals))
     return found
+
+
+def read(teacher: CachedTeacher, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a step would be given."""
+    return teacher.signals(teacher.read(batch), frozenset(teacher._wanted))
 
 
 def batch_of(rows: Dataset, chosen: list[int]) -> dict[str, Tensor]:
@@ -94,10 +101,24 @@ def test_writing_goes_on_and_writers_share(tmp_path):
     shared = [write(tmp_path / "b", share=(number, 2)) for number in range(2)]
     assert sum(one.computed for one in shared) == 24 and all(0 < one.computed < 24 for one in shared)
     batch = batch_of(ROWS, [3, 20, 7])
-    one, other = cached(tmp_path / "a").read(batch), cached(tmp_path / "b").read(batch)
+    one, other = read(cached(tmp_path / "a"), batch), read(cached(tmp_path / "b"), batch)
     for name in SIGNALS:
         # A product over more rows rounds in another order.
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_writers_at_the_same_time(tmp_path):
+    """Three processes write everything at once, into a folder that none of them finds: nothing is lost or refused."""
+    folder = str(tmp_path / "c")
+    code = f"from pathlib import Path; import test_cache; test_cache.write(Path({folder!r}), flush_seconds=0.0)"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: in_a_new_process(["-c", code]), range(3)))
+    assert len(TeacherCache(tmp_path / "c")) == 24
+    batch = batch_of(ROWS, [0, 11, 23])
+    for name, signal in read(cached(tmp_path / "c"), batch).items():
+        mine, theirs = (without_padding(name, one, batch["attention_mask"]) for one in (signal, truth(batch)[name]))
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -128,7 +149,7 @@ test_cache.write(Path({str(tmp_path)!r}), flush_seconds=0.0)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": tiny_bert(seed=2, layers=2)}, "different the teacher's weights or configuration"),
+        ({"model": tiny_bert(seed=2, layers=2)}, "different the teacher's weights, their dtype or its configuration"),
         ({"signals": ("logits",)}, r"different signals \(.*keys@0.* there, \('logits',\) here\)"),
         ({"dtype": "bfloat16"}, r"different dtype \(float32 there, bfloat16 here\)"),
         ({"top_k": 1}, r"different top_k \(None there, 1 here\)"),
@@ -172,12 +193,12 @@ def test_token_types_tell_examples_apart(tmp_path):
     typed = [{"input_ids": ids, "token_type_ids": [kind] * len(ids)} for kind in (0, 1)]
     assert write(tmp_path / "a", [{"input_ids": ids}, *typed]).examples == 2
     batch = {name: torch.tensor([typed[1][name]]) for name in typed[1]}
-    found = cached(tmp_path / "a").read(batch)["logits"]
+    found = read(cached(tmp_path / "a"), batch)["logits"]
     with torch.no_grad():
         torch.testing.assert_close(found, teacher().eval()(**batch).logits)
     distil = DistilBertModel(DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32))
     assert write(tmp_path / "b", typed, ["hidden_states@0"], model=distil).examples == 1
-    assert cached(tmp_path / "b", ["hidden_states@0"]).read(batch)
+    assert read(cached(tmp_path / "b", ["hidden_states@0"]), batch)
 
 
 def test_damage_is_noticed(tmp_path):
@@ -189,7 +210,14 @@ def test_damage_is_noticed(tmp_path):
     tensors["logits"][0, 0] += 1
     save_file(tensors, path, metadata)
     with pytest.raises(TeacherCacheError, match="does not match its checksum"):
-        cached(tmp_path).read(batch_of(ROWS, [0]))
+        read(cached(tmp_path), batch_of(ROWS, [0]))
+    # What it says of itself counts, too.
+    tensors["logits"][0, 0] -= 1
+    save_file(tensors, path, metadata)
+    assert read(cached(tmp_path), batch_of(ROWS, [0]))
+    save_file(tensors, path, metadata | {"by_row": ""})
+    with pytest.raises(TeacherCacheError, match="does not match its checksum"):
+        read(cached(tmp_path), batch_of(ROWS, [0]))
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(TeacherCacheError, match=r"is damaged: signals-.* cannot be read"):
         TeacherCache(tmp_path)
@@ -200,10 +228,10 @@ def test_what_is_missing(tmp_path):
     write(tmp_path, ROWS.select(range(10)))
     batch = batch_of(ROWS, [2, 12, 20])
     with pytest.raises(TeacherCacheError, match=r"lacks 2 of the 3 examples of a batch; run pydistill cache"):
-        cached(tmp_path).read(batch)
-    computed = cached(tmp_path, model=teacher()).read(batch)
+        read(cached(tmp_path), batch)
+    computed = read(cached(tmp_path, model=teacher()), batch)
     write(tmp_path)
-    for name, signal in cached(tmp_path).read(batch).items():
+    for name, signal in read(cached(tmp_path), batch).items():
         torch.testing.assert_close(computed[name], signal, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"holds hidden_states@-1, .* not values@1; write a cache with"):
         cached(tmp_path, ["values@1"])
@@ -217,7 +245,7 @@ def test_top_k(tmp_path, dtype):
     for k in (6, 2):
         write(tmp_path / str(k), signals=("logits",), model=model, top_k=k, dtype=dtype)
         batch = batch_of(ROWS, [4, 9, 1])
-        found = cached(tmp_path / str(k), ("logits",)).read(batch)["logits"].float()
+        found = read(cached(tmp_path / str(k), ("logits",)), batch)["logits"].float()
         with torch.no_grad():
             expected = model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.softmax(-1)
         tolerance = 1e-5 if dtype == "float32" else 2e-2
@@ -229,6 +257,56 @@ def test_top_k(tmp_path, dtype):
         if k < 6:
             rest = found.exp().scatter(-1, largest, 0)
             assert all(len(row[row > 0].unique()) == 1 for row in rest)
+
+
+def test_top_k_of_a_peaked_teacher(tmp_path):
+    """Loss and gradient of a student against those with all classes: exact with k of all, and close with a few."""
+    model = tiny_bert(seed=1, num_labels=40)
+    model.classifier.weight.data *= 5
+    batch = batch_of(ROWS, list(range(12)))
+    found = {}
+    for k in (None, 40, 10):
+        write(tmp_path / str(k), signals=("logits",), model=model, top_k=k)
+        logits = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        teacher_logits = read(cached(tmp_path / str(k), ("logits",)), batch)["logits"]
+        loss = soft_target_loss(logits, teacher_logits)
+        found[k] = loss.detach(), torch.autograd.grad(loss, logits)[0]
+        assert k != 10 or teacher_logits.softmax(-1).topk(10).values.sum(-1).min() > 0.95
+    torch.testing.assert_close(found[40], found[None], rtol=1e-5, atol=1e-6)
+    for close, exact in zip(found[10], found[None], strict=True):
+        assert (close - exact).norm() / exact.norm() < 0.02
+        assert (close - exact).norm() > 0
+
+
+def test_log_probabilities_are_no_logits(tmp_path):
+    """A term that compares raw logits is refused, unless there is one output, which has no probabilities."""
+    model = tiny_bert(seed=1, layers=2, num_labels=3)
+    write(tmp_path, signals=("logits",), model=model, top_k=2)
+    sources: list[Any] = [CachedTeacher(TeacherCache(tmp_path)), EnsembleTeacher([model])]
+    for source in sources:
+        with pytest.raises(ValueError, match=r"soft_target compares raw logits, and \w+Teacher has log-probabilities"):
+            Distiller(tiny_bert(num_labels=3), source, SoftTarget(divergence="mse"))
+        Distiller(tiny_bert(num_labels=3), source, SoftTarget())
+    numbers = EnsembleTeacher([tiny_bert(seed=seed, num_labels=1) for seed in (1, 2)])
+    Distiller(tiny_bert(num_labels=1), numbers, SoftTarget(divergence="mse"))
+
+
+def test_an_ensemble_of_caches(tmp_path):
+    """Each adds its own signals to a batch."""
+    models = [tiny_bert(seed=seed) for seed in (1, 2)]
+    for number, model in enumerate(models):
+        write(tmp_path / str(number), signals=("logits",), model=model)
+    ensemble = EnsembleTeacher([CachedTeacher(TeacherCache(tmp_path / str(number))) for number in range(2)])
+    ensemble.check(frozenset({"logits"}))
+    batch = ensemble.collator(DistillationCollator(tiny_tokenizer()))([ROWS[index] for index in (3, 5)])
+    expected = EnsembleTeacher(models).signals(batch, frozenset({"logits"}))["logits"]
+    torch.testing.assert_close(ensemble.signals(batch, frozenset({"logits"}))["logits"], expected)
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=2, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    student = Distiller(tiny_bert(), ensemble, SoftTarget())
+    DistillationTrainer(student, arguments, ROWS, processing_class=tiny_tokenizer()).train()
 
 
 def test_training_reads_what_it_would_have_computed(tmp_path):

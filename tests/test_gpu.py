@@ -26,6 +26,7 @@ CHECK = Path(__file__).parent / "gpu" / "check.py"
     ("loss", "tests"),
     [
         ("soft_target", "error_budget or all_rows or inplace"),
+        ("linear_soft_target", "error_budget and fp32"),
         ("attention_relation", "golden or reductions"),
         ("projected_mse", "golden or reductions"),
     ],

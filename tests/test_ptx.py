@@ -508,6 +508,7 @@ def test_a_broken_budget_is_reported():
 # -------------------------------------------------------------------------------- mutants
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 def test_mutants_of_a_product():
     """Of a kernel that is tested well almost all are caught: what survives guards edges that this shape has not."""
     from ptx import examples

@@ -313,6 +313,9 @@ def test_a_teacher_from_a_cache(
     assert "corpus.packing to truncate" in complaint(shared, tmp_path / "no", **cache, corpus__packing="packed")
     refused = complaint(shared, tmp_path / "no", **cache, teacher__layer=0)
     assert "holds keys@-1, queries@-1, values@-1, not keys@0" in refused
+    assert "teacher.dtype: is for a teacher that runs" in complaint(
+        shared, tmp_path / "no", **cache, teacher__dtype="bfloat16"
+    )
     assert "no teacher cache" in complaint(shared, tmp_path / "no", teacher__cache=str(tmp_path / "nothing"))
     # Texts that the cache has not seen.
     (tmp_path / "more.txt").write_text("\n".join(text for text, _ in sentences(50, seed=77)) + "\n")

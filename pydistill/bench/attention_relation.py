@@ -25,6 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, has_kernel, judge
+from pydistill.bench.compare import (
+    CPU,
+    LIMITS,
+    Errors,
+    Result,
+    Size,
+    Target,
+    Workload,
+    compile_loss,
+    has_kernel,
+    judge,
+    with_gradients,
+)
 from pydistill.bench.gpu import on, product_limit
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
@@ -93,12 +106,6 @@ def plain_loss(
         return F.kl_div(log_q.flatten(0, 2), p.flatten(0, 2), reduction="batchmean")
     rows = F.kl_div(log_q, p, reduction="none").sum(-1).masked_fill(~mask[:, None, :], 0)  # [B, A, N]
     return (rows.sum(-1) / mask.sum(-1, keepdim=True)).mean()
-
-
-def compiled_loss() -> Callable[..., Tensor]:
-    """plain_loss through torch.compile, afresh: Inductor bakes shapes and the thread count into its code."""
-    torch._dynamo.reset()
-    return torch.compile(plain_loss, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -210,13 +217,7 @@ def provider_call(provider: str, problem: Problem, compiled: Callable[..., Tenso
         "ours": lambda: attention_relation.attention_relation_loss(*problem.arguments, **ours),
         "ours as cross": as_cross,
     }
-    loss = losses[provider]
-
-    def call() -> Result:
-        value = loss()
-        return value.detach(), torch.autograd.grad(value, problem.students)
-
-    return call
+    return with_gradients(losses[provider], problem.students)
 
 
 def has_bf16_dots() -> bool:
@@ -271,8 +272,8 @@ def gate(problem: Problem, providers: Sequence[str], compiled: Callable[..., Ten
     def by_reference(arguments: Sequence[Tensor | None]) -> Result:
         a, b, teacher_a, teacher_b = arguments
         assert a is not None and teacher_a is not None
-        value = attention_relation.attention_relation_reference(a, b, teacher_a, teacher_b, **keywords)
-        return value.detach(), torch.autograd.grad(value, [tensor for tensor in (a, b) if tensor is not None])
+        loss = partial(attention_relation.attention_relation_reference, a, b, teacher_a, teacher_b, **keywords)
+        return with_gradients(loss, [tensor for tensor in (a, b) if tensor is not None])()
 
     exact = [
         None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
@@ -311,7 +312,7 @@ def workloads(
             f"{MEMORY_LIMIT >> 30} GiB",
             file=sys.stderr,
         )
-    compiled = compiled_loss() if "compile" in providers else plain_loss
+    compiled = compile_loss(plain_loss) if "compile" in providers else plain_loss
     found = []
     for name in names:
         problem = on(Problem.random(size, dtype, name), device)

@@ -90,6 +90,22 @@ class Benchmark(Protocol):
         """The promises that the measured rows can judge."""
 
 
+def compile_loss(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`loss` through torch.compile, afresh: Inductor bakes shapes and the thread count into its code."""
+    torch._dynamo.reset()
+    return torch.compile(loss, dynamic=False)
+
+
+def with_gradients(loss: Callable[[], Tensor], trained: Sequence[Tensor]) -> Callable[[], Result]:
+    """One forward and backward: the value, and the gradients of what is trained."""
+
+    def call() -> Result:
+        value = loss()
+        return value.detach(), torch.autograd.grad(value, trained)
+
+    return call
+
+
 class GateError(RuntimeError):
     """Our result is further from float64 than the reference in the same dtype: there is nothing to time."""
 

@@ -20,13 +20,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill.bench import liger
-from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, judge
+from pydistill.bench.compare import (
+    CPU,
+    LIMITS,
+    Errors,
+    Result,
+    Size,
+    Target,
+    Workload,
+    compile_loss,
+    judge,
+    with_gradients,
+)
 from pydistill.bench.gpu import on, product_limit
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
@@ -55,12 +67,6 @@ def plain_loss(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight:
         target = F.softmax(F.linear(teacher, teacher_weight) / TEMPERATURE, -1)
     logits = F.linear(student, weight)
     return F.kl_div(F.log_softmax(logits / TEMPERATURE, -1), target, reduction="batchmean") * TEMPERATURE**2
-
-
-def compiled_loss() -> Callable[..., Tensor]:
-    """plain_loss through torch.compile, afresh: Inductor bakes shapes and the thread count into its code."""
-    torch._dynamo.reset()
-    return torch.compile(plain_loss, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,7 @@ def provider_call(provider: str, problem: Problem, compiled: Callable[..., Tenso
         "liger": lambda: liger.linear_soft_target_loss(*arguments, TEMPERATURE),
         "ours": lambda: linear_soft_target.linear_soft_target_loss(*arguments, temperature=TEMPERATURE),
     }
-    loss = losses[provider]
-
-    def call() -> Result:
-        value = loss()
-        return value.detach(), torch.autograd.grad(value, problem.trained)
-
-    return call
+    return with_gradients(losses[provider], problem.trained)
 
 
 def providers_here(device: torch.device = CPU) -> list[str]:
@@ -139,8 +139,8 @@ def gate(problem: Problem, providers: Sequence[str], compiled: Callable[..., Ten
     """Errors of every provider against float64, on the first rows; raises GateError for ours."""
 
     def by_reference(part: Problem) -> Result:
-        value = linear_soft_target.linear_soft_target_reference(*part.arguments, temperature=TEMPERATURE)
-        return value.detach(), torch.autograd.grad(value, part.trained)
+        loss = partial(linear_soft_target.linear_soft_target_reference, *part.arguments, temperature=TEMPERATURE)
+        return with_gradients(loss, part.trained)()
 
     part = problem.part()
     what = f"{LOSS} {{}} on {tuple(part.student.shape)} x {tuple(part.weight.shape)} {part.student.dtype}"
@@ -157,7 +157,7 @@ def workloads(
     size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str], device: torch.device = CPU
 ) -> list[Workload]:
     """The one workload of a size."""
-    compiled = compiled_loss() if "compile" in providers else plain_loss
+    compiled = compile_loss(plain_loss) if "compile" in providers else plain_loss
     problem = on(Problem.random(size, dtype), device)
     found = gate(problem, providers, compiled)
     variants = {
@@ -171,7 +171,7 @@ def workloads(
     return [Workload(name, size, variants, found, gigaflop=problem.operations() / 1e9) for name in names]
 
 
-LIMIT_TARGETS = {"fp32": 60, "bf16": 45}  # percent of the product, at 2 threads
+LIMIT_TARGETS = {"fp32": 85, "bf16": 45}  # percent of the product, at 2 threads
 RATIO_TARGET = 1.0  # never slower than eager or torch.compile
 SLACK_MIB = 8
 

@@ -26,13 +26,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pydistill import _dispatch
-from pydistill.bench.compare import CPU, LIMITS, Errors, Result, Size, Target, Workload, judge
+from pydistill.bench.compare import (
+    CPU,
+    LIMITS,
+    Errors,
+    Result,
+    Size,
+    Target,
+    Workload,
+    compile_loss,
+    judge,
+    with_gradients,
+)
 from pydistill.bench.gpu import on, product_limit
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
@@ -65,12 +77,6 @@ GATE_ROWS = 4096
 def plain_loss(student: Tensor, teacher: Tensor, projection: Tensor, up: bool) -> Tensor:
     """What one writes without this package; the eager and torch.compile providers."""
     return F.mse_loss(student @ projection, teacher) if up else F.mse_loss(teacher @ projection, student)
-
-
-def compiled_loss() -> Callable[..., Tensor]:
-    """plain_loss through torch.compile, afresh: Inductor bakes shapes and the thread count into its code."""
-    torch._dynamo.reset()
-    return torch.compile(plain_loss, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,7 @@ def provider_call(provider: str, problem: Problem, compiled: Callable[..., Tenso
         "compile": lambda: compiled(*arguments, problem.up),
         "ours": lambda: projected_mse.projected_mse_loss(*arguments, direction=direction),
     }
-    loss = losses[provider]
-
-    def call() -> Result:
-        value = loss()
-        return value.detach(), torch.autograd.grad(value, problem.trained)
-
-    return call
+    return with_gradients(losses[provider], problem.trained)
 
 
 def has_bf16_dots() -> bool:
@@ -165,10 +165,9 @@ def gate(problem: Problem, providers: Sequence[str], compiled: Callable[..., Ten
     """Errors of every provider against float64, on the first rows; raises GateError for ours."""
 
     def by_reference(part: Problem) -> Result:
-        value = projected_mse.projected_mse_reference(
-            part.student, part.teacher, part.projection, direction="up" if part.up else "down"
-        )
-        return value.detach(), torch.autograd.grad(value, part.trained)
+        arguments, direction = (part.student, part.teacher, part.projection), "up" if part.up else "down"
+        loss = partial(projected_mse.projected_mse_reference, *arguments, direction=direction)
+        return with_gradients(loss, part.trained)()
 
     part = problem.part()
     what = f"{LOSS} {{}} on {tuple(part.student.shape)} {part.student.dtype}"
@@ -190,7 +189,7 @@ def workloads(
     size: Size, dtype: torch.dtype, names: Sequence[str], providers: Sequence[str], device: torch.device = CPU
 ) -> list[Workload]:
     """The named workloads of one size."""
-    compiled = compiled_loss() if "compile" in providers else plain_loss
+    compiled = compile_loss(plain_loss) if "compile" in providers else plain_loss
     found = []
     for name in names:
         problem = on(Problem.random(size, dtype, name), device)

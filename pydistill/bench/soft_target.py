@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,18 @@ from torch import Tensor
 
 from pydistill import _dispatch
 from pydistill.bench import liger
-from pydistill.bench.compare import CPU, Errors, Result, Size, Target, Workload, has_kernel, judge
+from pydistill.bench.compare import (
+    CPU,
+    Errors,
+    Result,
+    Size,
+    Target,
+    Workload,
+    compile_loss,
+    has_kernel,
+    judge,
+    with_gradients,
+)
 from pydistill.bench.gpu import on
 from pydistill.bench.measure import Variant
 from pydistill.bench.rows import Row
@@ -51,12 +63,6 @@ def plain_loss(student: Tensor, teacher: Tensor, labels: Tensor | None, hard_wei
     if labels is None:
         return soft
     return hard_weight * F.cross_entropy(student, labels) + (1 - hard_weight) * soft
-
-
-def compiled_loss() -> Callable[..., Tensor]:
-    """plain_loss through torch.compile, afresh: Inductor bakes shapes and the thread count into its code."""
-    torch._dynamo.reset()
-    return torch.compile(plain_loss, dynamic=False)
 
 
 class HandOut(torch.autograd.Function):
@@ -115,8 +121,7 @@ def provider_call(
     ours: dict[str, Any] = {"labels": labels, "temperature": TEMPERATURE, "hard_weight": hard_weight}
 
     def from_leaf(loss: Callable[[], Tensor]) -> Result:
-        value = loss()
-        return value.detach(), torch.autograd.grad(value, student)
+        return with_gradients(loss, [student])()
 
     def in_place() -> Result:
         holder = {"logits": problem.buffer}
@@ -182,10 +187,12 @@ def gate(
     labels = part.labels if hard_weight else None
     keywords: dict[str, Any] = {"temperature": TEMPERATURE, "hard_weight": hard_weight}
     exact = part.student.detach().double().requires_grad_()
-    value = soft_target.soft_target_reference(exact, part.teacher.double(), labels, **keywords)
-    truth = value.detach(), torch.autograd.grad(value, exact)
-    value = soft_target.soft_target_reference(part.student, part.teacher, labels, **keywords)
-    reference = value.detach(), torch.autograd.grad(value, part.student)
+
+    def by_reference(student: Tensor, teacher: Tensor) -> Result:
+        loss = partial(soft_target.soft_target_reference, student, teacher, labels, **keywords)
+        return with_gradients(loss, [student])()
+
+    truth, reference = by_reference(exact, part.teacher.double()), by_reference(part.student, part.teacher)
     what = f"{LOSS} {{}} on {tuple(part.student.shape)} {part.student.dtype}"
     return judge(
         what,
@@ -207,7 +214,7 @@ def workloads(
 ) -> list[Workload]:
     """The named workloads over the same logits; they share the limit."""
     rows, classes = size
-    compiled = compiled_loss() if "compile" in providers else plain_loss
+    compiled = compile_loss(plain_loss) if "compile" in providers else plain_loss
     problem = on(Problem.random(rows, classes, dtype), device)
     # Liger's divergence knows no labels.
     measured = {name: [one for one in providers if one != "liger" or not HARD_WEIGHT[name]] for name in names}

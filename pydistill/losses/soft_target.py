@@ -554,6 +554,8 @@ class SoftTarget(nn.Module):
             "impl": impl,
         }
         self.shift = shift
+        # Told to the distiller: some teachers have log-probabilities, whose distance is another one.
+        self.raw_logits = divergence == "mse"
         # Told to the objective, which must not let another term read what this one overwrites.
         self.inplace = inplace
         self.teacher_signals = frozenset() if hard_weight == 1 else frozenset({"logits"})

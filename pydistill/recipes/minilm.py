@@ -225,6 +225,11 @@ def _check_cache(config: MiniLMConfig) -> None:
     assert config.teacher.cache is not None
     if config.corpus.packing != "truncate":
         raise PlanError("teacher.cache: holds texts one by one: set corpus.packing to truncate, or drop the cache")
+    if config.teacher.dtype != "float32" and config.assistant is None:
+        raise PlanError(
+            "teacher.dtype: is for a teacher that runs, and pydistill cache ran it in float32; got "
+            f"{config.teacher.dtype} with teacher.cache: leave one of them out"
+        )
     try:
         CachedTeacher(TeacherCache(config.teacher.cache)).check(_term(config, config.teacher.layer).teacher_signals)
     except ValueError as error:

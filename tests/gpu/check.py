@@ -52,8 +52,8 @@ def steps(out: Path) -> Iterator[Step]:
     """Tests of every loss and implementation that this device runs, then the benchmarks."""
     device = torch.device("cuda")
     for implementation in IMPLEMENTATIONS:
-        for loss in _dispatch.LOSSES:
-            if _dispatch._on_device(loss, implementation, device).available:
+        for loss, benchmark in benchmarks().items():
+            if _dispatch._on_device(benchmark.OP, implementation, device).available:
                 arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu.plugin", "-m", "numerics"]
                 yield Step(
                     f"test {loss} {implementation}",

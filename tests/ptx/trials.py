@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import torch
 from cases import ATTENTION_RELATION, PROJECTED_MSE, SOFT_TARGET, LossCase, Tensors, run
+from poison import poisoned_memory
 
 from ptx import cuda_device, mutants, triton_device
 
@@ -60,16 +61,15 @@ TRIALS = {"soft_target": soft_target, "attention_relation": attention_relation, 
 
 def launches(implementation: str, case: LossCase) -> list[Any]:
     """Of all trials of a loss, forward and backward."""
-    # Memory that nobody wrote holds NaN: what was there before could be what a mutant fails to write, or a number so
-    # large that nothing differs from it.
-    torch.use_deterministic_algorithms(True)
     found: list[Any] = []
     for tensors, keywords in TRIALS[case.name]():
         if implementation == "triton":
             device: Any = triton_device.Device("sm_80", keep=True)
         else:
             device = cuda_device.ops().device(keep=True)
-        with device:
+        # Elsewhere what was there before could be what a mutant fails to write, or a number so large that nothing
+        # differs from it.
+        with device, poisoned_memory():
             run(case.loss, tensors, {**keywords, "impl": implementation}, case.differentiable)
         found += device.launches
     return found

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +50,8 @@ PROJECTIONS = [  # rows, features of the source and of the target, up, normalize
     (70, 144, 40, True, False, 101376),
     (70, 141, 33, True, False, 101376),
 ]
+# Of which a block has up to 384 at a time, and more.
+WIDE_PROJECTIONS = [(70, 144, 40, True, False, 232448), (70, 389, 33, True, False, 232448)]
 
 
 def between_nan(x: Tensor) -> Tensor:
@@ -124,9 +127,9 @@ def attention_relation(orders: list[str]) -> Iterator[str]:
                     yield f"{case}: gradient"
 
 
-def projected_mse(orders: list[str]) -> Iterator[str]:
+def projected_mse(orders: list[str], problems: list[tuple[int, int, int, bool, bool, int]]) -> Iterator[str]:
     """The same."""
-    for rows, source_size, target_size, up, normalize, shared in PROJECTIONS:
+    for rows, source_size, target_size, up, normalize, shared in problems:
         os.environ["PYDISTILL_SIMT_SHARED"] = str(shared)
         generator = torch.Generator().manual_seed(rows)
         source, target, projection, bias = (
@@ -159,7 +162,12 @@ def projected_mse(orders: list[str]) -> Iterator[str]:
                     yield f"{case}: {what}"
 
 
-PROBES = {"soft_target": soft_target, "attention_relation": attention_relation, "projected_mse": projected_mse}
+PROBES: dict[str, Callable[[list[str]], Iterator[str]]] = {
+    "soft_target": soft_target,
+    "attention_relation": attention_relation,
+    "projected_mse": partial(projected_mse, problems=PROJECTIONS),
+    "projected_mse_wide": partial(projected_mse, problems=WIDE_PROJECTIONS),
+}
 
 if __name__ == "__main__":
     # All libraries register the same ops, each in a process of its own.
