@@ -57,6 +57,21 @@ def test_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str])
     assert "--device cuda: this PyTorch sees no GPU" in capsys.readouterr().err
 
 
+def test_steps_are_those_of_every_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton has kernels and there are none in CUDA C++."""
+    asked = set()
+
+    def here(op: str, implementation: str, device: torch.device) -> _dispatch.Backend:
+        asked.add(op)
+        return _dispatch.Backend(implementation == "triton", "")
+
+    monkeypatch.setattr(_dispatch, "_on_device", here)
+    losses = ["soft_target", "linear_soft_target", "attention_relation", "projected_mse"]
+    expected = [f"test {loss} triton" for loss in losses] + [f"bench {loss}" for loss in losses]
+    assert [step.name for step in check.steps(tmp_path)] == expected
+    assert asked == set(_dispatch.LOSSES)
+
+
 def test_summary_of_steps() -> None:
     table = """
 soft_target kl, bf16 (128, 30522), cuda, 23.4 MB to move

@@ -54,6 +54,8 @@ def main(folder: Path, objective: str, batch: int, accumulation: int) -> None:
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
+            # Whoever gets no gradient would be waited for.
+            ddp_find_unused_parameters=False,
             seed=3,
         ),
         tiny_rows(64),
