@@ -54,7 +54,8 @@ def steps(out: Path) -> Iterator[Step]:
     for implementation in IMPLEMENTATIONS:
         for loss, benchmark in benchmarks().items():
             if _dispatch._on_device(benchmark.OP, implementation, device).available:
-                arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu.plugin", "-m", "numerics"]
+                arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu.plugin"]
+                arguments += ["-m", "not slow and not gpu_proof"]
                 yield Step(
                     f"test {loss} {implementation}",
                     [*arguments, f"test_{loss}.py"],
