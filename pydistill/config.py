@@ -396,6 +396,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 # The recipes whose configuration is not RunConfig, and where theirs is; imported when it is needed.
 SCHEMAS = {
     "minilm": "pydistill.recipes.minilm:MiniLMConfig",
+    "mtdnn": "pydistill.recipes.mtdnn:MTDNNConfig",
     "shared-projections": "pydistill.recipes.shared_projections:SharedProjectionsConfig",
 }
 

@@ -30,7 +30,7 @@ from pydistill import _dispatch
 from pydistill.config import DataConfig, Distinct, OneOrMore, Section, TrainBlock, UserError, resolve_path
 from pydistill.data.tasks import Task, load_task
 from pydistill.inference import ModelError, load_tokenizer, predict_logits
-from pydistill.metrics import classification_metrics, regression_metrics
+from pydistill.metrics import metrics_of
 from pydistill.plan import CONFIG_FILE, data_fingerprint, quiet, resolve_model
 from pydistill.report import METRICS_FILE, mean_and_spread, text_table, write_text
 
@@ -50,6 +50,16 @@ DEFAULTS: dict[str, Any] = {
 
 class EvaluateError(UserError):
     """A model cannot be loaded, or a fine-tuning ended without usable numbers."""
+
+
+def plain_name(task: str) -> None:
+    """Refuse a name that could not be that of a file.
+
+    Raises:
+        ValueError: it has other characters than letters, digits, _ and -.
+    """
+    if not re.fullmatch(r"[\w-]+", task):
+        raise ValueError(f"the name of a task must be letters, digits, _ and -, got {task!r}")
 
 
 class TaskSection(Section):
@@ -77,8 +87,7 @@ class EvaluateConfig(Section):
     @classmethod
     def _plain_names(cls, value: dict[str, TaskSection]) -> dict[str, TaskSection]:
         for name in value:
-            if not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"the name of a task must be letters, digits, _ and -, got {name!r}")
+            plain_name(name)
         return value
 
 
@@ -256,7 +265,4 @@ def _fine_tune(
     logits = predict_logits(model.eval(), tokenizer, texts, max_length)
     if not torch.isfinite(logits).all():
         raise EvaluateError(f"{label}: the fine-tuned model's logits are not finite; lower train.learning_rate")
-    truth = np.asarray(rows["labels"][:])
-    if task.label_names:
-        return classification_metrics(logits.argmax(-1).numpy(), truth, len(task.label_names))
-    return regression_metrics(logits[:, 0].numpy(), truth)
+    return metrics_of(logits.numpy(), np.asarray(rows["labels"][:]), len(task.label_names))

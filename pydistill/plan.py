@@ -358,18 +358,16 @@ def check_teacher(
             "--teacher.fine_tune.num_train_epochs 3"
         )
     elif task is not None:
-        problems += check_labels(config, model_config, task)
+        problems += check_labels("teacher.model", config.teacher.model, class_names(model_config), task)
     return problems
 
 
-def check_labels(config: RunConfig, model_config: PretrainedConfig, task: Task) -> list[str]:
-    """Compare the classes of a fine-tuned teacher with those of the data: number, names, order."""
+def check_labels(key: str, name: str, theirs: Sequence[str], task: Task) -> list[str]:
+    """Compare the classes of the fine-tuned teacher ``name`` with those of the data: number, names, order."""
     ours = list(task.label_names)
-    theirs = class_names(model_config)
-    name = config.teacher.model
     if len(theirs) != len(ours):
         return [
-            f"teacher.model: {name} has {len(theirs)} classes ({', '.join(theirs)}), the data has {len(ours)} "
+            f"{key}: {name} has {len(theirs)} classes ({', '.join(theirs)}), the data has {len(ours)} "
             f"({', '.join(ours)})"
         ]
     if _generic(theirs) or not task.named_labels:

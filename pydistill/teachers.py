@@ -170,10 +170,15 @@ class EnsembleTeacher:
         sizes = {tuple(logits.shape) for logits in found}
         if len(sizes) > 1:
             _fail("EnsembleTeacher", f"all teachers must have the same classes, got logits {sorted(map(list, sizes))}")
-        logits = torch.stack(found)
-        if logits.shape[-1] == 1:
-            return {LOGITS: logits.mean(0)}
-        return {LOGITS: logits.log_softmax(-1).logsumexp(0) - math.log(len(found))}
+        return {LOGITS: mean_prediction(torch.stack(found))}
+
+
+def mean_prediction(logits: Tensor) -> Tensor:
+    """Logits of K teachers ``[K, ..., C]`` -> the logarithm of the mean of their probabilities ``[..., C]``; of one
+    output, which is a score, the mean."""
+    if logits.shape[-1] == 1:
+        return logits.mean(0)
+    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 def with_signals(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.utils import logging
@@ -79,8 +79,8 @@ class DistillationTrainer(Trainer):
 
     What it adds:
 
-    - the value of each term of the objective in the logs, as ``loss_<name>``, averaged over the logging
-      window;
+    - the value of each term of the objective in the logs, as ``loss_<name>``, averaged over the steps of the logging
+      window that have it;
     - checkpoints that are the student alone, in hub format: ``AutoModel*.from_pretrained(checkpoint)`` works.
       Parameters of the objective, where it has any, lie beside it in ``objective.safetensors``;
     - exact resume: training that was stopped at a checkpoint and continued ends with the same bits as
@@ -96,6 +96,7 @@ class DistillationTrainer(Trainer):
       8``;
     - ``train_sampling_strategy="group_by_length"`` that is exactly resumable and finds lengths without
       reading the rows one by one; evaluation keeps the order of the rows;
+    - batches of a `pydistill.multitask.TaskMixture`, each of one task, and the same one in every process;
     - `optimizer` by name.
 
     Args:
@@ -158,7 +159,7 @@ class DistillationTrainer(Trainer):
         data_collator = with_signals(distiller.teacher, data_collator)
         self.distiller = distiller
         self._part_sums: dict[str, Tensor] = {}
-        self._parts_since = 0
+        self._part_steps: dict[str, set[int]] = {}
         super().__init__(
             model=distiller,
             args=args,
@@ -200,13 +201,14 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_parts(self, parts: Mapping[str, Tensor]) -> None:
-        if not self._part_sums:
-            self._parts_since = self.state.global_step
+        step = self.state.global_step
         for name, value in parts.items():
             if name in self._part_sums:
                 self._part_sums[name] += value
             else:
                 self._part_sums[name] = value.clone()
+                self._part_steps[name] = set()
+            self._part_steps[name].add(step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss to the training logs: means over the steps since the last time."""
@@ -217,8 +219,10 @@ class DistillationTrainer(Trainer):
                 # With common denominators the parts of the processes add up, without they are means.
                 common = self.args.average_tokens_across_devices
                 sums = self.accelerator.reduce(sums, reduction="sum" if common else "mean")
-            steps = max(1, self.state.global_step - self._parts_since)
-            means = (sums / steps).tolist()
+            # A part need not be there in every step: batches of several tasks have their own.
+            means = [
+                value / len(self._part_steps[name]) for name, value in zip(self._part_sums, sums.tolist(), strict=True)
+            ]
             logs.update({f"loss_{name}": value for name, value in zip(self._part_sums, means, strict=True)})
             self._part_sums = {}
         super().log(logs, start_time)
@@ -278,6 +282,29 @@ class DistillationTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return _EpochLengthSampler(size, self._lengths(dataset), seed)
+
+    def get_train_dataloader(self) -> Any:
+        """The batches of training: those of the data set, where it says what its batches are."""
+        batches = getattr(self.train_dataset, "batches", None)
+        if batches is None:
+            return super().get_train_dataloader()
+        args = self.args
+        sampler = batches(
+            args.train_batch_size,
+            args.gradient_accumulation_steps * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            by_length=args.train_sampling_strategy == "group_by_length",
+        )
+        loader = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=sampler,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The rows that are evaluated; without a teacher's signals where the student is evaluated alone."""

@@ -15,18 +15,21 @@ from pydistill.report import Page, ReportError, write_report
 MODULES = {
     "bilstm": "pydistill.recipes.bilstm",
     "minilm": "pydistill.recipes.minilm",
+    "mtdnn": "pydistill.recipes.mtdnn",
     "shared-projections": "pydistill.recipes.shared_projections",
 }
 # and where plan(config, resume=, overwrite=, dry_run=) is
 PLANNERS = {
     "bilstm": "pydistill.plan:plan_bilstm",
     "minilm": "pydistill.recipes.minilm:plan_minilm",
+    "mtdnn": "pydistill.recipes.mtdnn:plan_mtdnn",
     "shared-projections": "pydistill.recipes.shared_projections:plan_shared_projections",
 }
 # and where page(folder, results) is: what the report shows
 PAGES = {
     "bilstm": "pydistill.recipes.bilstm_report:page",
     "minilm": "pydistill.recipes.minilm_report:page",
+    "mtdnn": "pydistill.recipes.mtdnn_report:page",
     "shared-projections": "pydistill.recipes.shared_projections_report:page",
 }
 

@@ -49,9 +49,8 @@ class Stages:
         ``make`` may find its own earlier, interrupted work in ``self.scratch(name)``.
         """
         final = self.output / name
-        marker = final / STAGE_FILE
-        if marker.is_file():
-            record = json.loads(marker.read_text(encoding="utf-8"))
+        if self.has(name):
+            record = json.loads((final / STAGE_FILE).read_text(encoding="utf-8"))
             print(f"[{name}] kept from before", flush=True)
         else:
             print(f"[{name}] {what}", flush=True)
@@ -68,6 +67,10 @@ class Stages:
             print(f"[{name}] {record['seconds']:.1f} s", flush=True)
         self.done.append(record)
         return final
+
+    def has(self, name: str) -> bool:
+        """Whether the stage ``name`` is finished."""
+        return (self.output / name / STAGE_FILE).is_file()
 
     def scratch(self, name: str) -> Path:
         """Return the folder where the unfinished work of a stage lies."""

@@ -4,5 +4,6 @@
 from __future__ import annotations
 
 from pydistill.students.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
+from pydistill.students.multitask import MultiTaskConfig, MultiTaskModel
 
-__all__ = ["BiLSTMConfig", "BiLSTMForSequenceClassification"]
+__all__ = ["BiLSTMConfig", "BiLSTMForSequenceClassification", "MultiTaskConfig", "MultiTaskModel"]
