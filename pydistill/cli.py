@@ -23,7 +23,8 @@ pydistill: distil a Transformer into a small, fast student.
   pydistill run RECIPE [--key value]     run a recipe or your own yaml; any key can be overridden
   pydistill plan RECIPE [--key value]    what that run would do; refuses what cannot work
   pydistill recipes                      the built-in recipes
-  pydistill predict FOLDER "text" ...    try a finished model
+  pydistill predict FOLDER "text" ...    try a finished model; of several tasks: --task NAME
+  pydistill export FOLDER OUT --task NAME    one task of a model of several, as a plain classifier
   pydistill evaluate TASKS --model FOLDER    fine-tune and score an encoder on labelled tasks, over several seeds
   pydistill report FOLDER                draw the report of a finished run again
   pydistill augment IN OUT --text-columns sentence    write synthetic sentences
@@ -339,6 +340,7 @@ def predict_command(words: list[str]) -> int:
     parser.add_argument("model", help="folder with config.json and model.safetensors")
     parser.add_argument("texts", nargs="*", help="one per word; - or none: one per line of standard input")
     parser.add_argument("--pair", action="store_true", help="texts two by two (on standard input: tab separated)")
+    parser.add_argument("--task", help="of a model of several tasks")
     parser.add_argument("--max-length", type=int, default=128, help="tokens kept per text (default: %(default)s)")
     options = parser.parse_intermixed_args(words)
     if options.max_length < 1:
@@ -346,15 +348,49 @@ def predict_command(words: list[str]) -> int:
     _silence_transformers()
     from pydistill.inference import class_names, load_classifier, predict_logits
 
-    model, tokenizer = load_classifier(options.model)
+    model, tokenizer = load_classifier(options.model, options.task)
     pair = options.pair or getattr(model.config, "pair", False)
     rows = _rows(options.texts, pair)
-    probabilities = predict_logits(model, tokenizer, rows, options.max_length).softmax(-1)
+    logits = predict_logits(model, tokenizer, rows, options.max_length)
+    if logits.size(1) == 1:
+        for row, score in zip(rows, logits[:, 0].tolist(), strict=True):
+            print(f"{score:8.3f}  {' | '.join(row)}")
+        return 0
+    probabilities = logits.softmax(-1)
     names = class_names(model.config)
     width = max(map(len, names))
     for row, values in zip(rows, probabilities, strict=True):
         best = int(values.argmax())
         print(f"{names[best]:<{width}}  {values[best]:6.1%}  {' | '.join(row)}")
+    return 0
+
+
+def export_command(words: list[str]) -> int:
+    """``pydistill export``: one task of a model of several, as a plain classifier."""
+    parser = argparse.ArgumentParser(
+        prog="pydistill export",
+        description="Write one task of a model of several tasks as a plain sequence classifier of its encoder's kind.",
+    )
+    parser.add_argument("model", help="folder of a finished model of several tasks")
+    parser.add_argument("output", type=Path, help="folder to write, for AutoModelForSequenceClassification")
+    parser.add_argument("--task", required=True, help="which one")
+    options = parser.parse_args(words)
+    _silence_transformers()
+    from pydistill.inference import load_classifier
+
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise UserError(f"export: {options.output} is there already; name a folder that is new or empty")
+    model, tokenizer = load_classifier(options.model, options.task)
+    classifier = getattr(model, "classifier", None)
+    if not hasattr(model.config, "tasks") or classifier is None:
+        raise UserError(f"export: {options.model} is a model of one task already")
+    try:
+        plain = classifier(options.task)
+    except ValueError as error:
+        raise UserError(f"export: {error}") from None
+    plain.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    print(f"{options.output}: {type(plain).__name__}, {', '.join(plain.config.id2label.values())}")
     return 0
 
 
@@ -424,6 +460,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "vocab": vocab_command,
     "cache": cache_command,
     "predict": predict_command,
+    "export": export_command,
     "evaluate": evaluate_command,
     "report": report_command,
 }

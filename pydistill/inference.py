@@ -19,6 +19,7 @@ from transformers import (
 
 import pydistill.students  # noqa: F401 (registers the student architectures with AutoModel)
 from pydistill.config import UserError
+from pydistill.students.multitask import MultiTaskConfig
 
 # Padded tokens per batch: large enough to fill two cores, small enough to stay in cache.
 BATCH_TOKENS = 8192
@@ -50,11 +51,16 @@ def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_classifier(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_classifier(folder: Path | str, task: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model with its tokenizer, in eval mode, on the GPU where there is one.
 
+    Args:
+        folder: where it is.
+        task: which one is meant, of a model of several tasks.
+
     Raises:
-        ModelError: the folder is missing or holds no classification model; names models further down if there are any.
+        ModelError: the folder is missing or holds no classification model (names models further down if there are any),
+            or the task is none of its tasks, or not given where there are several.
     """
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
@@ -67,7 +73,19 @@ def load_classifier(folder: Path | str) -> tuple[PreTrainedModel, PreTrainedToke
         model = AutoModelForSequenceClassification.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    _select(model.config, folder, task)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
+
+
+def _select(config: PretrainedConfig, folder: Path | str, task: str | None) -> None:
+    if not isinstance(config, MultiTaskConfig):
+        if task is not None:
+            raise ModelError(f"{folder}: is a model of one task; leave the task out, got {task!r}")
+        return
+    task = task or config.task
+    if task not in config.tasks:
+        raise ModelError(f"{folder}: task must be one of {', '.join(config.tasks)}, got {task!r}; name it with --task")
+    config.select(task)
 
 
 def reads_pairs_apart(model: torch.nn.Module) -> bool:

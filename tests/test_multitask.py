@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several tasks, one student: the model and its heads, batches of one task, their loss, and the trainer that uses them."""
+"""Several tasks, one student: model and heads, batches of one task, their loss, the trainer that uses them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from tiny_models import WORDS, tiny_bert, tiny_sentences, tiny_tokenizer
 from transformers import (
@@ -262,6 +263,19 @@ def test_the_parts_of_a_step_are_of_one_task(parts: int):
     assert seen["three"] == 0  # fewer rows than parts
     assert seen["one"] > 10 - parts
     assert seen["two"] > 25 - parts
+
+
+def test_processes_read_the_same_task_at_every_step():
+    """As accelerate hands the batches out, with two of each process to a step."""
+    mixture = TaskMixture({"one": rows(30), "two": rows(53), "three": rows(7)})
+    batches = mixture.batches(4, parts=4, seed=7)
+    shards = [list(BatchSamplerShard(batches, num_processes=2, process_index=rank)) for rank in range(2)]
+    assert len(shards[0]) == len(shards[1]) == len(batches) // 2
+    tasks = [[{mixture[index]["task"] for index in batch} for batch in shard] for shard in shards]
+    assert tasks[0] == tasks[1]
+    assert tasks[0][::2] == tasks[0][1::2]
+    seen = [index for shard in shards for batch in shard for index in batch]
+    assert len(seen) == len(set(seen)) == sum(map(len, batches))
 
 
 def test_strategies():

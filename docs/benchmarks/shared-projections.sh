@@ -8,7 +8,7 @@
 #
 # DATA holds corpus/{books,wikitext2.valid}.txt, snips/{train,dev}.tsv, sst2/{train,dev}.tsv and mrpc/train.tsv. Settings,
 # with their defaults:
-#   STEPS=500   of each arm
+#   STEPS=400   of each arm
 #   WIDTHS="96 48"   hidden sizes
 #   ARMS="no_kd dual down up"
 #   SEEDS="1 2 3"   of each fine-tuning
@@ -36,9 +36,9 @@ train() {
   "${pydistill[@]}" run shared-projections --resume --output "$output/$name" --teacher.model "$teacher" \
     --corpus.files "$data/corpus/books.txt" --corpus.max_length 64 --corpus.held_out 60 \
     --evaluation_corpus.files "$data/corpus/wikitext2.valid.txt" --evaluation_texts 1000 \
-    --student.hidden_size "$width" --arms "$@" \
+    --teacher.learning_rate 2e-4 --student.hidden_size "$width" --arms "$@" \
     --train.max_steps "$steps" --train.learning_rate "$rate" --train.per_device_train_batch_size 32 \
-    --train.warmup_steps 0.05 --train.logging_steps 50 --train.save_steps 125 --train.bf16 true ${run_args[@]+"${run_args[@]}"}
+    --train.warmup_steps 0.05 --train.logging_steps 50 --train.save_steps 100 --train.bf16 true ${run_args[@]+"${run_args[@]}"}
   for arm in "$@"; do
     students+=("$output/$name/students/$arm")
   done
@@ -46,7 +46,7 @@ train() {
 
 students=()
 for width in "${widths[@]}"; do
-  train "$width" "$width" "${STEPS:-500}" 2e-3 "${arms[@]}"
+  train "$width" "$width" "${STEPS:-400}" 2e-3 "${arms[@]}"
 done
 # The first width untrained, through the same path: one step that changes nothing. Last: the table measures the gap between
 # it and the teacher.

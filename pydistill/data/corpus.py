@@ -154,11 +154,11 @@ class _Texts:
                         f"corpus.text_column: {self.name}: there is no column {self.column!r}, only {', '.join(batch)}"
                     )
                 yield from (text for text in batch[self.column] if isinstance(text, str) and text.strip())
-        except CorpusError:
-            raise
-        except (
-            Exception
-        ) as error:  # whatever the hub, the network, a loader or a decoder raised: the source is to blame
+        # One clause: an iterator that is left open is closed when the interpreter ends, and finds no global name then.
+        except Exception as error:
+            if isinstance(error, CorpusError):
+                raise
+            # Whatever the hub, the network, a loader or a decoder raised: the source is to blame.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CorpusError(f"corpus: {self.name}: datasets cannot read it: {reason}") from None
 

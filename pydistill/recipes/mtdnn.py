@@ -234,8 +234,13 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
         sources |= {f"tasks.{name}.data.{split}": getattr(section.data, split) for split in ("train", "dev", "test")}
         sources |= {f"tasks.{name}.teachers ({one})": one for one in section.teachers}
     collect(problems, check_output, config, output, resume, overwrite, sources)
-    blocks = {"train": _block(config), "teachers.train": _block(config, config.teachers.train)}
-    problems += refused_arguments(blocks | {"fine_tune": _block(config, config.fine_tune or {})})
+    blocks = {"train": config.train, "teachers.train": config.teachers.train, "fine_tune": config.fine_tune or {}}
+    problems += refused_arguments({key: _block(config, own) for key, own in blocks.items()})
+    problems += [
+        f"{key}.eval_strategy: must be no, got {block['eval_strategy']!r}: models are scored after the last step"
+        for key, block in blocks.items()
+        if block.get("eval_strategy", "no") != "no"
+    ]
     tasks = {name: collect(problems, _load, name, section) for name, section in config.tasks.items()}
     encoder = collect(problems, resolve_model, config.encoder.model, "encoder.model")
     model_config = collect(problems, load_model_config, encoder) if encoder is not None else None
