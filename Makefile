@@ -65,9 +65,10 @@ $(VENV)/.installed: $(VENV)/.tools $(NATIVE_SOURCES)
 demo: $(VENV)/.installed
 	$(BIN)/pydistill run bilstm-demo $(DEMO_ARGS)
 
-# One thread unless a test asks for more: on tensors this small, threads that wait for each other cost more than they bring.
+# One thread unless a test asks for more, and a process per core instead: on tensors this small, threads that wait for each
+# other cost more than they bring.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(TEST_ARGS)
 
 gpu-proof: $(VENV)/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m gpu_proof -ra $(TEST_ARGS)
