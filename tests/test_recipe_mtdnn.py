@@ -153,7 +153,7 @@ def test_the_rows_of_the_paper_side_by_side(shared: Path, tmp_path: Path, capsys
     for number in (1, 2):
         teacher, tokenizer = load_classifier(folder / "teachers" / f"second-{number}")
         probabilities.append(predict_logits(teacher, tokenizer, rows_of, 32).softmax(-1))
-    assert not torch.allclose(*probabilities, atol=1e-3)
+    assert not torch.equal(*probabilities)
     expected = torch.stack(probabilities).mean(0)
     torch.testing.assert_close(torch.from_numpy(recorded).exp().float(), expected, rtol=1e-4, atol=1e-5)
     # A ranking's are a distribution over the candidates of a query.
@@ -274,7 +274,8 @@ def test_plan_says_what_will_happen(shared: Path, tmp_path: Path) -> None:
         ({"tasks__mood__teachers": ["./nowhere"]}, "tasks.mood.teachers: ./nowhere"),
         ({"tasks__mood__data__train": "./nowhere.tsv"}, "tasks.mood"),
         ({"train__eval_strategy": "steps"}, "train.eval_strategy: must be no, got 'steps'"),
-        ({"train__save_strategy": "best"}, "train:"),
+        ({"train__save_strategy": "best"}, "train.save_strategy: must not be best"),
+        ({"train__bf16": True, "train__fp16": True}, "train:"),
     ],
 )
 def test_what_cannot_work_is_refused(shared: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

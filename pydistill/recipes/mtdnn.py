@@ -241,6 +241,11 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
         for key, block in blocks.items()
         if block.get("eval_strategy", "no") != "no"
     ]
+    problems += [
+        f"{key}.save_strategy: must not be best: nothing is evaluated before the last step"
+        for key, block in blocks.items()
+        if block.get("save_strategy") == "best"
+    ]
     tasks = {name: collect(problems, _load, name, section) for name, section in config.tasks.items()}
     encoder = collect(problems, resolve_model, config.encoder.model, "encoder.model")
     model_config = collect(problems, load_model_config, encoder) if encoder is not None else None

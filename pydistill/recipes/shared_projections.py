@@ -94,6 +94,8 @@ OWN_ENTRIES = (
 )
 # Texts that time a finished model.
 TIMED_TEXTS = {"teacher": 100, "student": 400}
+# Rows that time how fast words are cut and masked.
+TIMED_ROWS = 512
 # The paper's first figure shows this sentence.
 PICTURE_TEXT = "I like machine learning"
 
@@ -379,6 +381,11 @@ def _dry_run(result: SharedProjectionsPlan) -> None:
     if len(arms) > 1:
         total = sum(seconds.get(arm, seconds[arms[-1]]) for arm in arms)
         result.add("student", "all arms", f"at most about {duration(total)}")
+    texts = [row["text"] for row in itertools.islice(stream, TIMED_ROWS)]
+    start = time.process_time()
+    collate([{"text": text, "index": index} for index, text in enumerate(texts)])
+    pace = sum(len(text.split()) for text in texts) / (time.process_time() - start)
+    result.add("machine", "rows", f"{pace:,.0f} words per second and core cut and masked")
 
 
 # --------------------------------------------------------------------------- run
