@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from importlib import import_module
@@ -126,6 +127,15 @@ def _without_repetition(value: list[T]) -> list[T]:
 
 
 Distinct = AfterValidator(_without_repetition)
+
+
+def _of_a_file(name: str) -> str:
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError("the name of a task must be letters, digits, _ and -")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_of_a_file)]
 
 
 class Section(BaseModel):
@@ -447,7 +457,7 @@ def _assign(content: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _describe(detail: Any, schema: type[Section], path: Path | None, overrides: Mapping[str, Any]) -> str:
-    location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-", "[key]"))]
     context = detail.get("ctx") or {}
     value = detail["input"]
     if detail["type"] == "argument":

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pydistill import _dispatch
-from pydistill.config import DataConfig, Distinct, OneOrMore, Section, TrainBlock, UserError, resolve_path
+from pydistill.config import DataConfig, Distinct, OneOrMore, Section, TaskName, TrainBlock, UserError, resolve_path
 from pydistill.data.tasks import Task, load_task
 from pydistill.inference import ModelError, load_tokenizer, predict_logits
 from pydistill.metrics import metrics_of
@@ -52,16 +52,6 @@ class EvaluateError(UserError):
     """A model cannot be loaded, or a fine-tuning ended without usable numbers."""
 
 
-def plain_name(task: str) -> None:
-    """Refuse a name that could not be that of a file.
-
-    Raises:
-        ValueError: it has other characters than letters, digits, _ and -.
-    """
-    if not re.fullmatch(r"[\w-]+", task):
-        raise ValueError(f"the name of a task must be letters, digits, _ and -, got {task!r}")
-
-
 class TaskSection(Section):
     """One labelled task."""
 
@@ -77,18 +67,11 @@ class EvaluateConfig(Section):
 
     model: Annotated[OneOrMore[str], Field(min_length=1), Distinct]
     tokenizer: str | None = Field(None, description="when it is not in the model's folder")
-    tasks: Annotated[dict[str, TaskSection], Field(min_length=1)]
+    tasks: Annotated[dict[TaskName, TaskSection], Field(min_length=1)]
     output: str
     seeds: Annotated[OneOrMore[int], Distinct] = Field([1, 2, 3], min_length=1)
     max_length: int = Field(128, gt=1, description="sub-word tokens kept per row, special tokens included")
     train: TrainBlock = Field(default_factory=dict, description="TrainingArguments of all tasks")
-
-    @field_validator("tasks")
-    @classmethod
-    def _plain_names(cls, value: dict[str, TaskSection]) -> dict[str, TaskSection]:
-        for name in value:
-            plain_name(name)
-        return value
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from pydistill import _dispatch
-from pydistill.config import BaseRun, DataConfig, Distinct, OneOrMore, Section, TrainBlock
+from pydistill.config import BaseRun, DataConfig, Distinct, OneOrMore, Section, TaskName, TrainBlock
 from pydistill.data.tasks import Task, load_task
 from pydistill.distiller import Distiller
-from pydistill.evaluate import SCORE_METRICS, plain_name
+from pydistill.evaluate import SCORE_METRICS
 from pydistill.inference import class_names, load_tokenizer, predict_logits
 from pydistill.metrics import metrics_of, ranking_metrics
 from pydistill.multitask import Strategy, TaskCollator, TaskLoss, TaskMixture
@@ -163,7 +163,7 @@ class MTDNNConfig(BaseRun):
     """The recipe ``mtdnn``."""
 
     encoder: EncoderSection
-    tasks: Annotated[dict[str, TaskSection], Field(min_length=1)]
+    tasks: Annotated[dict[TaskName, TaskSection], Field(min_length=1)]
     arms: Annotated[OneOrMore[Arm], Distinct] = Field(
         ["mtdnn", "mtdnn_kd"],
         min_length=1,
@@ -177,13 +177,6 @@ class MTDNNConfig(BaseRun):
     fine_tune: TrainBlock | None = Field(
         None, description="TrainingArguments, beside train's, for tuning mtdnn and mtdnn_kd on each task; absent: none"
     )
-
-    @field_validator("tasks")
-    @classmethod
-    def _plain_names(cls, value: dict[str, TaskSection]) -> dict[str, TaskSection]:
-        for name in value:
-            plain_name(name)
-        return value
 
     @model_validator(mode="after")
     def _teaches_something(self) -> MTDNNConfig:
