@@ -210,11 +210,11 @@ def test_damage_is_noticed(tmp_path):
     tensors["logits"][0, 0] += 1
     save_file(tensors, path, metadata)
     with pytest.raises(TeacherCacheError, match="does not match its checksum"):
-        read(cached(tmp_path), batch_of(ROWS, [0]))
+        read(cached(tmp_path), batch_of(ROWS, [0, 1, 2, 3]))
     # What it says of itself counts, too.
     tensors["logits"][0, 0] -= 1
     save_file(tensors, path, metadata)
-    assert read(cached(tmp_path), batch_of(ROWS, [0]))
+    assert read(cached(tmp_path), batch_of(ROWS, [0, 1, 2, 3]))
     save_file(tensors, path, metadata | {"by_row": ""})
     with pytest.raises(TeacherCacheError, match="does not match its checksum"):
         read(cached(tmp_path), batch_of(ROWS, [0]))
@@ -227,7 +227,7 @@ def test_what_is_missing(tmp_path):
     """Refused, or computed to what the cache would hold."""
     write(tmp_path, ROWS.select(range(10)))
     batch = batch_of(ROWS, [2, 12, 20])
-    with pytest.raises(TeacherCacheError, match=r"lacks 2 of the 3 examples of a batch; run pydistill cache"):
+    with pytest.raises(TeacherCacheError, match=r"lacks 2 of 3 examples; run pydistill cache on these texts"):
         read(cached(tmp_path), batch)
     computed = read(cached(tmp_path, model=teacher()), batch)
     write(tmp_path)
