@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset
+from made_up_task import make_teacher
 from safetensors.torch import load_file
 from tiny_models import tiny_bert, tiny_sentences, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pydistill.cache import TeacherCache, TeacherCacheError, tokenized, whole_logits, with_logits, write_cache
+from pydistill.cache import TeacherCache, TeacherCacheError, key_of, tokenized, whole_logits, with_logits, write_cache
+from pydistill.cli import main
 
 
 def sentences(count: int = 60, seed: int = 0) -> Dataset:
@@ -477,3 +481,46 @@ def test_top_k_comes_back_many_at_once(tmp_path: Path) -> None:
     stacked = cache.stack(keys, "logits")
     singly = [example["logits"] for example in cache.find(keys, ["logits"]) if example is not None]
     assert stacked.shape == (30, 6) and torch.equal(stacked, torch.stack(singly))
+
+
+# --------------------------------------------------------------------------- pydistill cache
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "json", "jsonl", "parquet"])
+def test_pairs_of_a_table(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cell's content is its text, also "NA" and quotes; a row without one of the two texts is no pair."""
+    teacher = make_teacher(tmp_path / "bert", classes=3)
+    rows = [("a dull film", "a great film"), ("NA", "null"), ('the "plot', "with warm music"), ("a great film", " ")]
+    frame = pandas.DataFrame({"id": range(4), "one": [row[0] for row in rows], "two": [row[1] for row in rows]})
+    path = tmp_path / f"train.{suffix}"
+    if suffix == "tsv":
+        path.write_text("\n".join("\t".join(row) for row in [("one", "two"), *rows]))
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    elif suffix == "csv":
+        frame.to_csv(path)
+    else:
+        frame.to_json(path, orient="records", lines=suffix == "jsonl")
+    words = ["cache", str(tmp_path / "cache"), "--teacher", teacher, "--corpus", str(path), "--dtype", "float32"]
+    assert main([*words, "--text-columns", "one", "two"]) == 0
+    assert "3 texts, 3 of them new" in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    encoded = [tokenizer(*row, return_tensors="pt") for row in rows[:3]]
+    keys = [key_of(one["input_ids"][0].numpy(), one["token_type_ids"][0].numpy()) for one in encoded]
+    found = TeacherCache(tmp_path / "cache", model=model, tokenizer=tokenizer).stack(np.array(keys), "logits")
+    with torch.no_grad():
+        expected = torch.cat([model(**one).logits for one in encoded])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert main([*words, "--text-columns", "one", "three"]) == 2
+    assert "there is no column 'three', only" in capsys.readouterr().err
+
+
+def test_columns_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts.txt").write_text("a film\n")
+    words = ["cache", str(tmp_path / "cache"), "--teacher", make_teacher(tmp_path / "bert")]
+    words += ["--corpus", str(tmp_path / "texts.txt"), "--text-columns", "one", "two"]
+    assert main([*words, "three"]) == 2
+    assert "--text-columns must name one column or two, got one, two, three" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "is read line by line and has no columns one, two; name files that end in .json," in capsys.readouterr().err
