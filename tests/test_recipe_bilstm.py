@@ -294,7 +294,7 @@ def test_a_cache_is_shared_between_runs(shared: Path, tmp_path: Path, monkeypatc
     refused."""
     cache, teacher = tmp_path / "cache", str(shared / "run" / "teacher")
     words = ["cache", str(cache), "--teacher", teacher, "--corpus", str(shared / "train.tsv"), "--max-length", "32"]
-    assert main([*words, "--text-columns", "sentence", "--dtype", "float32"]) == 0
+    assert main([*words, "--text-columns", "sentence"]) == 0
     there = len(TeacherCache(cache))
     keys = settings(shared, tmp_path / "run", teacher__fine_tune=None, seeds=[1], arms=["distilled"])
     keys |= {"teacher.model": teacher, "teacher.cache": str(cache)}
