@@ -177,11 +177,12 @@ def million(folder: Path) -> dict[str, Any]:
         writer.add(part, 1, {"logits": torch.randn(len(part), 2)})
         writer.flush()
     wanted = keys[draw.permutation(MILLION)]
-    opened: list[TeacherCache] = []
     before = resident()
-    open_times = both(folder, lambda: opened.append(TeacherCache(folder)))
-    memory = (resident() - before) / len(opened)
-    read_times = both(folder, lambda: opened.append(TeacherCache(folder)) or opened[-1].stack(wanted, "logits"))
+    cache = TeacherCache(folder)
+    memory = resident() - before
+    del cache
+    open_times = both(folder, lambda: TeacherCache(folder))
+    read_times = both(folder, lambda: TeacherCache(folder).stack(wanted, "logits"))
     return {
         "rows": MILLION,
         "bytes": size_of(folder),

@@ -186,7 +186,7 @@ def _checksums(signal: Tensor, starts: Sequence[int]) -> np.ndarray:
 # --------------------------------------------------------------------------- writing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """What a call of `write_cache` did: distinct examples of its share, those that it computed, their tokens, bytes,
     seconds; and under which keys the signals of all rows are found, in the order of the rows."""
@@ -396,8 +396,9 @@ class _Writer:
         self._classes = 0
 
     def add(self, keys: np.ndarray, length: int, signals: Mapping[str, Tensor]) -> None:
-        """Take over the signals of examples of one length; they are on disk after the next `flush`."""
+        """Take over the signals of examples of one length, all or none; they are on disk after the next `flush`."""
         dtype = DTYPES[self.definition.dtype]
+        found: dict[str, Tensor] = {}
         for name, signal in signals.items():
             signal = _by_token(name, signal)
             by_row = signal.dim() == 2
@@ -428,9 +429,10 @@ class _Writer:
                     value = stored
                 if by_row:
                     self._by_row.add(part)
-                value = value.cpu().contiguous()
-                self._signals.setdefault(part, []).append(value)
-                self.pending_bytes += value.numel() * value.element_size()
+                found[part] = value.cpu().contiguous()
+        for part, value in found.items():
+            self._signals.setdefault(part, []).append(value)
+            self.pending_bytes += value.numel() * value.element_size()
         self._keys.append(keys)
         self._lengths += [length] * len(keys)
 

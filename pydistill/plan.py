@@ -503,6 +503,8 @@ def _describe(result: Plan) -> None:
         mask = result.tokenizer.mask_token
         if mask is None and config.augment.masking:
             result.add("transfer set", "note", "the teacher's tokenizer has no mask token: it sees its unknown token")
+    if config.teacher.cache is not None:
+        result.add("transfer set", "logits", f"from the cache {config.teacher.cache}; what it lacks is added")
     term = config.objective
     result.add("students", "loss", _loss_line(term.divergence, term.hard_weight, term.temperature))
     result.add("students", "optimizer", f"{config.optimizer.name}, {_arguments_line(config.train)}")

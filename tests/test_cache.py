@@ -101,6 +101,8 @@ def test_writing_goes_on_and_writers_share(tmp_path):
     assert write(tmp_path / "a", tokenizer=None).computed == 0
     shared = [write(tmp_path / "b", share=(number, 2)) for number in range(2)]
     assert sum(one.computed for one in shared) == 24 and all(0 < one.computed < 24 for one in shared)
+    alone = [write(tmp_path / "c", ROWS.select([0]), share=(number, 2)) for number in range(2)]
+    assert sorted(one.computed for one in alone) == [0, 1] and all(len(one.keys) == 1 for one in alone)
     batch = batch_of(ROWS, [3, 20, 7])
     one, other = read(cached(tmp_path / "a"), batch), read(cached(tmp_path / "b"), batch)
     for name in SIGNALS:

@@ -326,6 +326,10 @@ def test_a_cache_of_other_signals_is_refused_before_any_work(shared: Path, tmp_p
     keys = settings(shared, tmp_path / "run", teacher__cache=str(tmp_path / "cache"))
     with pytest.raises(PlanError, match="teacher.cache: .* must hold whole logits, and holds values@0"):
         plan("bilstm", keys, dry_run=False)
+    new = str(tmp_path / "new")
+    assert f"from the cache {new}; what it lacks is added" in str(
+        plan("bilstm", keys | {"teacher.cache": new}, dry_run=False)
+    )
 
 
 def test_the_teacher_is_asked_in_the_arithmetic_that_is_wanted(shared: Path) -> None:
