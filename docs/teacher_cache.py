@@ -65,9 +65,13 @@ def top_k_lines() -> list[tuple[str, ...]]:
         for temperature in TEMPERATURES:
             pairs = zip(loss_and_gradient(dense, temperature), exact[temperature], strict=True)
             errors = [float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs]
-            cells.append(", ".join("exact" if error < ROUNDING else f"{100 * error:.2g} %" for error in errors))
-        found.append((f"{k:,}", f"{100 * float(stored['tail'].exp().mean()):.2g} %", *cells))
+            cells.append(", ".join("exact" if error < ROUNDING else percent(error) for error in errors))
+        found.append((f"{k:,}", percent(float(stored["tail"].exp().mean())), *cells))
     return found
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:,.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 # --------------------------------------------------------------------------- a measured cache
