@@ -11,8 +11,8 @@ A page says where a table goes and what it is made from, paths relative to the r
 The last two come with the picture of the same name beside the raw file. Made of several files, with commas between
 them: `variants` has the last student of each of several runs, `evaluate` all models of the metrics.json of calls of
 `pydistill evaluate`; `steps` is the json of minilm_step.py. `gpu_code` and `gpu_traffic` are of gpu-static.json, which
-tests/ptx/budgets.py writes, `gpu_floors`, `scaling` and `storage` are computed by the file, `measured_scaling` is what
-scaling.py recorded. A table of which a raw file is missing says so.
+tests/ptx/budgets.py writes, `gpu_floors`, `scaling`, `storage` and `top_k` are computed by the file, `measured_scaling`
+and `teacher_cache` are what scaling.py and teacher_cache.py recorded. A table of which a raw file is missing says so.
 """
 
 from __future__ import annotations
@@ -256,6 +256,22 @@ def measured_scaling(page: Path, source: Path) -> str:
     return f"{grid(measured_lines(record))}\n\nMeasured on: {record['machine']}, {record['threads']} threads."
 
 
+def top_k(page: Path, source: Path) -> str:
+    """Computed by the source itself, with PyTorch."""
+    from teacher_cache import top_k_lines
+
+    return grid(top_k_lines())
+
+
+def teacher_cache(page: Path, source: Path) -> str:
+    """What docs/teacher_cache.py recorded."""
+    from teacher_cache import measured_lines
+
+    record = json.loads(source.read_text(encoding="utf-8"))
+    note = f"; {record['note']}" if record["note"] else ""
+    return f"{grid(measured_lines(record))}\n\nMeasured on: {record['machine']}, {record['threads']} threads{note}."
+
+
 def picture(page: Path, source: Path) -> str:
     """The png of the same name, where there is one."""
     image = source.with_suffix(".png")
@@ -275,6 +291,8 @@ KINDS: dict[str, Callable[..., str]] = {
     "scaling": scaling,
     "storage": storage,
     "measured_scaling": measured_scaling,
+    "top_k": top_k,
+    "teacher_cache": teacher_cache,
 }
 
 if __name__ == "__main__":

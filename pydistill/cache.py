@@ -5,7 +5,11 @@ A cache is a folder: ``cache.json``, which says what teacher and which signals, 
 is found by what it is, a hash of its token ids, never by where it stood: order, batches, epochs and processes cannot
 mispair it. Signals of tokens are stored without padding.
 
-Reads top to bottom: the format, writing, reading, the teacher.
+A shard has an index, which is small, is read whole by everyone who opens the cache, and has a checksum of its own; and
+the signals, which are mapped into memory, and of which each example has its checksum, compared whenever it is read. So
+nobody ever reads, or trusts, more of a cache than what is asked of it.
+
+Reads top to bottom: the format, writing, reading, the teacher, the column of a data set.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,29 +34,29 @@ from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
 from pydistill.capture import ATTENTION_KINDS, LOGITS, Capture, capture, evaluating, unreachable_parameters
+from pydistill.hashes import hash_json, hash_model, hash_tokenizer
 from pydistill.packing import SEGMENTS
 from pydistill.report import replacing
-from pydistill.teachers import (
-    TEACHER_PREFIX,
-    FlatTokens,
-    batches_of_one_length,
-    hash_json,
-    hash_model,
-    hash_tokenizer,
-    input_names,
-)
+from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX, input_names
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Of batch keys of cached signals; with the teacher's prefix, which an evaluation of the student alone leaves out.
 _CACHED = f"{TEACHER_PREFIX}cached:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "cache.json"
 _SHARDS = "signals-*.safetensors"
-_KEY_BYTES = 16
+_KEY = np.dtype("S16")
 _SHARD_BYTES = 256 << 20
+# Of a shard's tensors, those with an example's checksums: this prefix, then the name of the tensor that they are of.
+_CRC = "crc32:"
+# Texts that are tokenized in one call: enough to keep a fast tokenizer's threads busy.
+_CHUNK = 1024
+# No write takes as long: an older temporary file was left behind by a process that was killed.
+_LEFTOVER_SECONDS = 3600
 
 
 class TeacherCacheError(ValueError):
@@ -100,12 +107,12 @@ class Definition:
 
 
 def key_of(token_ids: np.ndarray, token_types: np.ndarray | None = None) -> bytes:
-    """The key of one example, 32 hexadecimal digits: a hash of its tokens, padding left out."""
-    digest = hashlib.blake2b(np.ascontiguousarray(token_ids, dtype="<i4").tobytes(), digest_size=_KEY_BYTES)
+    """The key of one example, 16 bytes: a hash of its tokens, padding left out."""
+    digest = hashlib.blake2b(np.ascontiguousarray(token_ids, dtype="<i4").tobytes(), digest_size=_KEY.itemsize)
     # Models take missing token types for zeros.
     if token_types is not None and token_types.any():
         digest.update(b"types" + np.ascontiguousarray(token_types, dtype="<i4").tobytes())
-    return digest.hexdigest().encode()
+    return digest.digest()
 
 
 def hash_teacher(model: PreTrainedModel, signals: Sequence[str]) -> str:
@@ -158,24 +165,33 @@ def _from_top_k(values: Tensor, indices: Tensor, tail: Tensor, classes: int) -> 
     return dense.scatter(-1, indices.long(), values)
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of a shard: its tensors, and what it says of them beside this checksum."""
+def _index_checksum(index: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Of what a shard says about its signals: keys, places, their checksums, and the metadata beside this one."""
     told = {name: value for name, value in metadata.items() if name != "sha256"}
     digest = hashlib.sha256(hash_json(told).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name in sorted(index):
+        digest.update(f"{name} {index[name].dtype} {list(index[name].shape)}".encode())
+        digest.update(np.ascontiguousarray(index[name]).data)
     return digest.hexdigest()
+
+
+def _checksums(signal: Tensor, starts: Sequence[int]) -> np.ndarray:
+    """CRC-32 of each example: of the entries ``starts[i]`` to ``starts[i + 1]`` of a signal."""
+    content = signal.reshape(-1).view(torch.uint8).numpy().data
+    width = signal[:1].numel() * signal.element_size()
+    found = [zlib.crc32(content[begin * width : end * width]) for begin, end in pairwise(starts)]
+    return np.array(found, dtype=np.uint32)
 
 
 # --------------------------------------------------------------------------- writing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
-    """What a call of `write_cache` did: distinct examples, those that it computed, their tokens, bytes, seconds."""
+    """What a call of `write_cache` did: distinct examples of its share, those that it computed, their tokens, bytes,
+    seconds; and under which keys the signals of all rows are found, in the order of the rows."""
 
+    keys: np.ndarray  # [rows]
     examples: int
     computed: int
     tokens: int
@@ -206,7 +222,7 @@ def write_cache(
 
     Args:
         rows: each with ``input_ids``, and ``token_type_ids`` where the teacher reads them; the columns with the prefix
-            ``teacher_`` where there are any.
+            ``teacher_`` where there are any. Texts become rows by `tokenized`.
         model: the teacher, on the device and in the dtype it is to run in; left as it was found.
         signals: what to keep, see `capture`: ``logits``, ``hidden_states@-1``, ``values@11``, ...
         folder: new, empty, or a cache of the same teacher and signals.
@@ -221,18 +237,17 @@ def write_cache(
 
     Raises:
         TeacherCacheError: `folder` belongs to another teacher or other signals, or is damaged; the message says what.
-        ValueError: an argument breaks its rule, a row has no tokens, or a signal is not finite in `dtype`.
+        ValueError: an argument breaks its rule, there are no rows, a row has no tokens, or a signal is not finite.
     """
     names = tuple(sorted(set(signals)))
     _check_arguments(names, dtype, top_k, share, batch_size_tokens)
     captured = capture(model, names)
     definition = _definition(model, tokenizer, names, dtype, top_k)
     started = time.perf_counter()
-    examples = _Examples(rows, input_names(model), share)
-    folder = Path(folder)
+    examples = _Examples(rows, input_names(model), share, progress)
+    folder = Path(folder).expanduser()
     definition = _open_folder(folder, definition)
-    there = _Index(folder, definition)
-    missing = np.flatnonzero(~there.holds(examples.keys))
+    missing = np.flatnonzero(_Index(folder, definition).places(examples.keys)[:, 0] < 0)
     writer = _Writer(folder, definition)
     lengths = examples.lengths[missing]
     order = missing[np.lexsort((examples.keys[missing], -lengths))]
@@ -252,7 +267,7 @@ def write_cache(
         # Also on the way out of an interruption: what is finished is kept.
         writer.flush()
     seconds = time.perf_counter() - started
-    return Summary(len(examples.keys), len(missing), int(lengths.sum()), writer.written, seconds)
+    return Summary(examples.keys_of_rows, len(examples.keys), len(missing), int(lengths.sum()), writer.written, seconds)
 
 
 def _check_arguments(
@@ -273,43 +288,98 @@ def _check_arguments(
         _fail(where, f"batch_size_tokens must be at least 1, got {batch_size_tokens}")
 
 
-class _Examples(FlatTokens):
-    """Distinct examples, and their keys."""
+def tokenized(
+    texts: Iterable[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[dict[str, Sequence[int]]]:
+    """Rows for `write_cache` of texts: each a tuple of one text, or of the two of a pair.
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], model_inputs: frozenset[str], share: tuple[int, int]) -> None:
-        parts: dict[str, list[np.ndarray]] = {"input_ids": [], "token_type_ids": []}
-        keys: dict[bytes, None] = {}
-        typed = "token_type_ids" in model_inputs
-        for number, row in enumerate(rows):
+    Args:
+        texts: any number; read once, a thousand at a time.
+        tokenizer: the teacher's.
+        max_length: tokens kept per row, special tokens included.
+
+    Raises:
+        ValueError: a text is missing.
+    """
+    texts, number = iter(texts), 0
+    while chunk := list(islice(texts, _CHUNK)):
+        for row in chunk:
+            if not all(isinstance(text, str) for text in row):
+                _fail("tokenized", f"row {number} must be text, got {' | '.join(map(repr, row))}")
+            number += 1
+        # One list per column; a single column must not be passed as a pair with nothing.
+        columns = [list(column) for column in zip(*chunk, strict=True)]
+        # Some tokenizers come with padding switched on.
+        encoded = tokenizer(
+            *columns, truncation=True, max_length=max_length, padding=False, return_attention_mask=False
+        )
+        for values in zip(*encoded.values(), strict=True):
+            yield dict(zip(encoded, values, strict=True))
+
+
+def batches_of_one_length(lengths: np.ndarray, batch_size_tokens: int) -> Iterator[slice]:
+    """Slices of `lengths` (sorted) that hold one length each and at most `batch_size_tokens` tokens."""
+    boundaries = np.flatnonzero(np.diff(lengths)) + 1
+    for first, last in pairwise([0, *boundaries.tolist(), len(lengths)]):
+        size = max(1, batch_size_tokens // max(1, int(lengths[first])))
+        for start in range(first, last, size):
+            yield slice(start, min(start + size, last))
+
+
+class _Examples:
+    """Distinct examples, their keys, and their tokens in flat arrays: lists of Python integers would take ten times the
+    memory."""
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        model_inputs: frozenset[str],
+        share: tuple[int, int],
+        progress: bool,
+    ) -> None:
+        flat = {"input_ids": bytearray(), "token_type_ids": bytearray()}
+        of_rows, lengths = bytearray(), []
+        distinct: set[bytes] = set()
+        keys = bytearray()
+        typed, any_types = "token_type_ids" in model_inputs, False
+        for number, row in enumerate(tqdm(rows, desc="tokens", unit="row", unit_scale=True, disable=not progress)):
             if SEGMENTS in row:
                 _fail("write_cache", "rows must hold one text each, got packed rows; set corpus.packing to truncate")
             prefix = TEACHER_PREFIX if f"{TEACHER_PREFIX}input_ids" in row else ""
             if f"{prefix}input_ids" not in row:
                 _fail("write_cache", f"row {number} must have input_ids, got only {', '.join(sorted(row))}")
-            ids = np.asarray(row[f"{prefix}input_ids"], dtype=np.int32)
+            ids = np.asarray(row[f"{prefix}input_ids"], dtype="<i4")
             if ids.ndim != 1 or ids.size == 0:
                 _fail("write_cache", f"row {number} must have at least one token id, got {list(ids.shape)}")
             types = np.zeros_like(ids)
             if typed and f"{prefix}token_type_ids" in row:
-                types = np.asarray(row[f"{prefix}token_type_ids"], dtype=np.int32)
+                types = np.asarray(row[f"{prefix}token_type_ids"], dtype="<i4")
             key = key_of(ids, types)
-            if key in keys or int(key[:8], 16) % share[1] != share[0]:
+            of_rows += key
+            if key in distinct or int.from_bytes(key[:4], "big") % share[1] != share[0]:
                 continue
-            keys[key] = None
-            parts["input_ids"].append(ids)
-            parts["token_type_ids"].append(types)
-        self.keys = np.array(list(keys), dtype=f"S{2 * _KEY_BYTES}")
+            distinct.add(key)
+            keys += key
+            lengths.append(len(ids))
+            flat["input_ids"] += ids.tobytes()
+            flat["token_type_ids"] += types.tobytes()
+            any_types = any_types or bool(types.any())
+        if not of_rows:
+            _fail("write_cache", "rows must hold at least one, got none")
+        self.keys_of_rows, self.keys = (np.frombuffer(one, _KEY) for one in (of_rows, keys))
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self._starts = np.cumsum(self.lengths) - self.lengths
         # A teacher that was never asked to tell texts apart is not asked now: the same inputs as in training.
-        if not any(array.any() for array in parts["token_type_ids"]):
-            del parts["token_type_ids"]
-        lengths = [len(ids) for ids in parts["input_ids"]]
-        super().__init__(lengths, {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays})
-        self.mask = "attention_mask" in model_inputs
+        if not any_types:
+            del flat["token_type_ids"]
+        self._flat = {name: np.frombuffer(content, "<i4") for name, content in flat.items()}
+        self._mask = "attention_mask" in model_inputs
 
     def batch(self, chosen: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """Inputs of the model for examples of one length: each ``[B, N]``, no padding."""
-        found = super().batch(chosen, device)
-        return found | ({"attention_mask": torch.ones_like(found["input_ids"])} if self.mask else {})
+        places = self._starts[chosen][:, None] + np.arange(self.lengths[chosen[0]])[None, :]
+        found = {name: torch.from_numpy(flat[places].astype(np.int64)).to(device) for name, flat in self._flat.items()}
+        return found | ({"attention_mask": torch.ones_like(found["input_ids"])} if self._mask else {})
 
 
 class _Writer:
@@ -322,18 +392,18 @@ class _Writer:
         self._keys: list[np.ndarray] = []
         self._lengths: list[int] = []
         self._signals: dict[str, list[Tensor]] = {}
-        self._by_row: set[str] = set()  # signals that rows have, not tokens
+        self._by_row: set[str] = set()  # of them, those that rows have, not tokens
         self._classes = 0
 
     def add(self, keys: np.ndarray, length: int, signals: Mapping[str, Tensor]) -> None:
-        """Take over the signals of examples of one length; they are on disk after the next `flush`."""
+        """Take over the signals of examples of one length, all or none; they are on disk after the next `flush`."""
         dtype = DTYPES[self.definition.dtype]
+        found: dict[str, Tensor] = {}
         for name, signal in signals.items():
             signal = _by_token(name, signal)
-            if signal.dim() > 2:
+            by_row = signal.dim() == 2
+            if not by_row:
                 signal = signal.flatten(0, 1)
-            else:
-                self._by_row.add(name)
             if name == LOGITS and self.definition.top_k is not None:
                 self._classes = signal.shape[-1]
                 if self.definition.top_k > self._classes:
@@ -345,16 +415,24 @@ class _Writer:
                 parts = {name: signal}
             for part, value in parts.items():
                 if value.is_floating_point():
-                    value = value.to(dtype)
+                    stored = value.to(dtype)
                     # Where the top k are all classes the others have no mass: its logarithm may be infinite.
-                    if not part.endswith(".tail") and not bool(value.isfinite().all()):
-                        _fail(
-                            "write_cache",
-                            f"{name} is not finite in {self.definition.dtype}; choose a dtype of wider range",
-                        )
-                value = value.cpu().contiguous()
-                self._signals.setdefault(part, []).append(value)
-                self.pending_bytes += value.numel() * value.element_size()
+                    if not part.endswith(".tail") and not bool(stored.isfinite().all()):
+                        where = f"{name} of an example of {length} tokens"
+                        if not bool(value.isfinite().all()):
+                            _fail(
+                                "write_cache",
+                                f"the teacher's {where} are not finite; run it in a dtype of wider range than "
+                                f"{str(value.dtype).removeprefix('torch.')}",
+                            )
+                        _fail("write_cache", f"{where} are not finite in {self.definition.dtype}; store another dtype")
+                    value = stored
+                if by_row:
+                    self._by_row.add(part)
+                found[part] = value.cpu().contiguous()
+        for part, value in found.items():
+            self._signals.setdefault(part, []).append(value)
+            self.pending_bytes += value.numel() * value.element_size()
         self._keys.append(keys)
         self._lengths += [length] * len(keys)
 
@@ -365,15 +443,19 @@ class _Writer:
         from safetensors.torch import save_file
 
         keys = np.concatenate(self._keys)
-        tensors = {name: torch.cat(parts) for name, parts in self._signals.items()}
-        tensors["keys"] = torch.from_numpy(keys.view(np.uint8).reshape(len(keys), -1).copy())
-        tensors["starts"] = torch.tensor([0, *np.cumsum(self._lengths)], dtype=torch.int64)
+        starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
+        signals = {name: torch.cat(parts) for name, parts in self._signals.items()}
+        index: dict[str, np.ndarray] = {"keys": keys.view(np.uint8).reshape(len(keys), -1), "starts": starts}
+        for name, signal in signals.items():
+            places = range(len(keys) + 1) if name in self._by_row else starts.tolist()
+            index[_CRC + name] = _checksums(signal, places)
         metadata = {
             "definition": self.definition.key,
             "classes": str(self._classes),
             "by_row": ",".join(sorted(self._by_row)),
         }
-        metadata["sha256"] = _checksum(tensors, metadata)
+        metadata["sha256"] = _index_checksum(index, metadata)
+        tensors = signals | {name: torch.from_numpy(array) for name, array in index.items()}
         # Named by what it holds: two writers that computed the same write the same file.
         with replacing(self.folder / f"signals-{metadata['sha256'][:20]}.safetensors") as temporary:
             save_file(tensors, temporary, metadata)
@@ -391,6 +473,10 @@ def _open_folder(folder: Path, definition: Definition) -> Definition:
     if folder.exists() and not folder.is_dir():
         _refuse(folder, "is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp*"):
+        with suppress(FileNotFoundError):  # another writer's, who has just moved it to its place
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                leftover.unlink()
     content = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if _MANIFEST not in content:
         if content:
@@ -429,65 +515,61 @@ def _check_same(folder: Path, found: Definition, wanted: Definition) -> None:
         )
 
 
+def _open_shard(folder: Path, path: Path, framework: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        _refuse(folder, f"is damaged: {path.name} cannot be read ({error}); delete that file and write again")
+
+
 # Signals of one example by name: of its tokens [L, ...], or of the whole [C].
 Example = dict[str, Tensor]
 
 
-class _Place(NamedTuple):
-    shard: int
-    row: int
-
-
 class _Index:
-    """Where each example lies: sorted keys, their shards and rows."""
+    """Where each example lies, and its checksums; read whole, and checked."""
 
     def __init__(self, folder: Path, definition: Definition) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.paths = sorted(folder.glob(_SHARDS))
         self.classes = 0
-        keys, shards, rows = [np.empty(0, dtype=f"S{2 * _KEY_BYTES}")], [np.empty(0, int)], [np.empty(0, int)]
+        self.by_row: list[set[str]] = []  # of each shard, the tensors that rows have, not tokens
         self.starts: list[np.ndarray] = []
+        self.checksums: list[dict[str, np.ndarray]] = []
+        keys, places = [np.empty(0, dtype=_KEY)], [np.empty((0, 2), dtype=np.int64)]
         for number, path in enumerate(self.paths):
-            try:
-                with safe_open(path, framework="np") as shard:
-                    metadata = shard.metadata() or {}
-                    found, starts = shard.get_tensor("keys"), shard.get_tensor("starts")
-            except (SafetensorError, OSError) as error:
-                _refuse(folder, f"is damaged: {path.name} cannot be read ({error}); delete that file and write again")
+            with _open_shard(folder, path, "np") as shard:
+                metadata = shard.metadata() or {}
+                names = [name for name in shard.keys() if name in ("keys", "starts") or name.startswith(_CRC)]
+                index = {name: shard.get_tensor(name) for name in names}
             if metadata.get("definition") != definition.key:
                 _refuse(folder, f"is damaged: {path.name} belongs to another cache; delete that file")
-            self.classes = max(self.classes, int(metadata.get("classes", 0)))
-            self.starts.append(starts)
-            keys.append(np.ascontiguousarray(found).view(f"S{2 * _KEY_BYTES}").reshape(-1))
-            shards.append(np.full(len(found), number))
-            rows.append(np.arange(len(found)))
+            if metadata.get("sha256") != _index_checksum(index, metadata):
+                _refuse_content(folder, path)
+            self.classes = max(self.classes, int(metadata["classes"]))
+            self.by_row.append(set(metadata["by_row"].split(",")))
+            self.starts.append(index["starts"])
+            self.checksums.append({name.removeprefix(_CRC): index[name] for name in names if name.startswith(_CRC)})
+            keys.append(index["keys"].view(_KEY).reshape(-1))
+            places.append(np.stack([np.full(len(keys[-1]), number), np.arange(len(keys[-1]))], axis=1))
+        # Stable: of several that writers wrote without knowing of each other, the first is found.
         order = np.argsort(np.concatenate(keys), kind="stable")
-        self.keys, self.shards, self.rows = (np.concatenate(one)[order] for one in (keys, shards, rows))
+        self.keys, self._places = np.concatenate(keys)[order], np.concatenate(places)[order]
 
-    def holds(self, keys: np.ndarray) -> np.ndarray:
-        """Which of these keys are there."""
+    def places(self, keys: np.ndarray) -> np.ndarray:
+        """Shard of each key, and row in it, ``[n, 2]``; -1 for what is not there."""
         if not len(self.keys):
-            return np.zeros(len(keys), dtype=bool)
-        return self.keys[self._positions(keys)] == keys
-
-    def place(self, key: bytes) -> _Place | None:
-        """Of one example; the first of several that writers wrote without knowing of each other."""
-        keys = np.array([key], dtype=self.keys.dtype)
-        if not self.holds(keys)[0]:
-            return None
-        at = self._positions(keys)[0]
-        return _Place(int(self.shards[at]), int(self.rows[at]))
-
-    def _positions(self, keys: np.ndarray) -> np.ndarray:
-        return np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+            return np.full((len(keys), 2), -1)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where((self.keys[at] == keys)[:, None], self._places[at], -1)
 
 
 class TeacherCache:
     """A folder of teacher signals, see `write_cache`; reads them for a batch, from memory-mapped files.
 
-    It can be handed to worker processes; files are opened, and checked against their checksums, when they are first
-    read from.
+    It can be handed to worker processes. Of the signals only what is asked for is read from disk, and compared with its
+    checksum every time.
 
     Args:
         folder: as written.
@@ -504,13 +586,13 @@ class TeacherCache:
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.definition = found = _read_definition(self.folder)
         if model is not None:
             wanted = _definition(model, tokenizer, found.signals, found.dtype, found.top_k)
             _check_same(self.folder, found, wanted)
         self._index = _Index(self.folder, found)
-        self._shards: dict[int, Any] = {}
+        self._shards: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(np.unique(self._index.keys))
@@ -519,45 +601,70 @@ class TeacherCache:
         # Mapped files stay with the process that opened them.
         return self.__dict__ | {"_shards": {}}
 
-    def find(self, token_ids: np.ndarray, token_types: np.ndarray | None, names: Iterable[str]) -> Example | None:
-        """The signals `names` of one example, in the stored dtype; None if it is not there."""
-        place = self._index.place(key_of(token_ids, token_types))
-        return None if place is None else {name: self._read(place, name) for name in names}
+    def find(self, keys: np.ndarray, names: Iterable[str]) -> list[Example | None]:
+        """The signals `names` of each example, in the stored dtype; None for one that is not there."""
+        names = list(names)
+        return [
+            None if shard < 0 else {name: self._signal(shard, row, name) for name in names}
+            for shard, row in self._index.places(keys).tolist()
+        ]
 
-    def _read(self, place: _Place, name: str) -> Tensor:
-        shard = self._open(place.shard)
-        starts = self._index.starts[place.shard]
-        begin, end = place.row, place.row + 1
-        by_row = name in shard.metadata()["by_row"].split(",")
-        if not by_row:
-            begin, end = int(starts[begin]), int(starts[end])
-        parts = [f"{name}.{part}" for part in ("values", "indices", "tail")] if self._is_top_k(name) else [name]
-        pieces = [shard.get_slice(part)[begin:end] for part in parts]
-        if self._is_top_k(name):
-            values, indices, tail = pieces
-            signal = _from_top_k(values, indices, tail, self._index.classes)
-        else:
-            signal = pieces[0]
+    def stack(self, keys: np.ndarray, name: str) -> Tensor:
+        """One signal of many examples at once, ``[n, C]`` in the stored dtype: of rows, as a classifier's logits are.
+
+        Raises:
+            TeacherCacheError: an example is not there, or is damaged.
+            ValueError: it is a signal of tokens.
+        """
+        if not len(keys):
+            _fail("TeacherCache", "keys must be at least one, got none")
+        places = self._index.places(keys)
+        if absent := int((places[:, 0] < 0).sum()):
+            _lacks(self.folder, absent, len(keys))
+        chosen, found = [], []
+        for number in np.unique(places[:, 0]).tolist():
+            if self._parts(name)[0] not in self._index.by_row[number]:
+                _fail(
+                    "TeacherCache",
+                    f"{name} must be of rows, as a classifier's logits are; {self.folder} has one of tokens",
+                )
+            chosen.append(np.flatnonzero(places[:, 0] == number))
+            rows = places[chosen[-1], 1]
+            parts = [self._shard(number)[part][torch.from_numpy(rows)] for part in self._parts(name)]
+            found.append(self._checked(number, rows, range(len(rows) + 1), name, parts))
+        signal = torch.empty(len(keys), found[0].shape[1], dtype=found[0].dtype)
+        signal[torch.from_numpy(np.concatenate(chosen))] = torch.cat(found)
+        return signal
+
+    def _signal(self, number: int, row: int, name: str) -> Tensor:
+        by_row = self._parts(name)[0] in self._index.by_row[number]
+        begin, end = (row, row + 1) if by_row else self._index.starts[number][row : row + 2].tolist()
+        parts = [self._shard(number)[part][begin:end] for part in self._parts(name)]
+        signal = self._checked(number, [row], (0, end - begin), name, parts)
         return signal[0] if by_row else signal
 
-    def _is_top_k(self, name: str) -> bool:
-        return name == LOGITS and self.definition.top_k is not None
+    def _checked(
+        self, number: int, rows: Sequence[int] | np.ndarray, starts: Sequence[int], name: str, parts: Sequence[Tensor]
+    ) -> Tensor:
+        """The signal of `rows` from what it is stored as, `parts`, whose examples begin at `starts`."""
+        for part, stored in zip(self._parts(name), parts, strict=True):
+            if not np.array_equal(_checksums(stored, starts), self._index.checksums[number][part][rows]):
+                _refuse_content(self.folder, self._index.paths[number])
+        if len(parts) == 1:
+            return parts[0]
+        values, indices, tail = parts
+        return _from_top_k(values, indices, tail, self._index.classes)
 
-    def _open(self, number: int) -> Any:
+    def _parts(self, name: str) -> list[str]:
+        """The tensors of a shard that a signal is made of."""
+        is_top_k = name == LOGITS and self.definition.top_k is not None
+        return [f"{name}.{part}" for part in ("values", "indices", "tail")] if is_top_k else [name]
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._shards:
-            from safetensors import safe_open
-
-            path = self._index.paths[number]
-            shard = safe_open(path, framework="pt")
-            metadata = shard.metadata()
-            tensors = {name: shard.get_tensor(name) for name in shard.keys()}
-            if _checksum(tensors, metadata) != metadata.get("sha256"):
-                _refuse(
-                    self.folder,
-                    f"is damaged: the content of {path.name} does not match its checksum; delete that file and write "
-                    "its examples again",
-                )
-            self._shards[number] = shard
+            # The tensors are views of the mapped file: what nobody looks at is not read.
+            with _open_shard(self.folder, self._index.paths[number], "pt") as shard:
+                self._shards[number] = {name: shard.get_tensor(name) for name in self._index.checksums[number]}
         return self._shards[number]
 
 
@@ -648,22 +755,19 @@ class CachedTeacher:
         inputs = {name: tensor.numpy() for name, tensor in teacher_inputs(batch).items()}
         mask = inputs["attention_mask"].astype(bool)
         names = sorted(self._wanted)
-        examples: list[Example] = []
-        absent = 0
         if not self.cache.definition.token_types:
             inputs.pop("token_type_ids", None)
-        for row, valid in enumerate(mask):
-            tokens = {name: array[row, valid] for name, array in inputs.items()}
-            example = self.cache.find(tokens["input_ids"], tokens.get("token_type_ids"), names)
+        rows = [{name: array[row, valid] for name, array in inputs.items()} for row, valid in enumerate(mask)]
+        keys = np.array([key_of(row["input_ids"], row.get("token_type_ids")) for row in rows], dtype=_KEY)
+        examples: list[Example] = []
+        absent = 0
+        for row, example in zip(rows, self.cache.find(keys, names), strict=True):
             if example is None and self.model is not None:
-                example = self._compute(self.model, tokens, tuple(names))
+                example = self._compute(self.model, row, tuple(names))
             absent += example is None
             examples.append(example or {})
         if absent:
-            raise TeacherCacheError(
-                f"CachedTeacher: {self.cache.folder} lacks {absent} of the {len(mask)} examples of a batch; run "
-                "pydistill cache on these texts, which computes only what is missing, or pass the model"
-            )
+            _lacks(self.cache.folder, absent, len(rows))
         return {
             self._prefix + name: _by_token(name, _padded([example[name] for example in examples], mask))
             for name in names
@@ -707,6 +811,102 @@ class _CachedCollator:
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
         return batch | self.teacher.read(batch)
+
+
+# --------------------------------------------------------------------------- the column of a data set
+
+
+def whole_logits(folder: str | Path) -> Definition | None:
+    """What a folder of a classifier's whole logits says of itself; None where there is no cache yet.
+
+    Raises:
+        TeacherCacheError: it is a cache of something else.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / _MANIFEST).exists():
+        return None
+    found = _read_definition(folder)
+    if LOGITS not in found.signals or found.top_k is not None:
+        held = f"the {found.top_k} largest of its logits" if LOGITS in found.signals else ", ".join(found.signals)
+        _refuse(folder, f"must hold whole logits, and holds {held}; write one with pydistill cache --signals logits")
+    return found
+
+
+def record_logits(
+    texts: Iterable[Sequence[str]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    max_length: int,
+    batch_size_tokens: int,
+    progress: bool,
+) -> np.ndarray:
+    """See to it that a cache holds a classifier's logits for all texts; returns their keys, in order.
+
+    A cache that is there says itself in what dtype it keeps them, and what else; a new one keeps fp32.
+
+    Args:
+        texts, max_length: see `tokenized`.
+        model, folder, tokenizer, batch_size_tokens, progress: see `write_cache`.
+
+    Raises:
+        TeacherCacheError, ValueError: as `write_cache`; or the cache holds no whole logits.
+    """
+    kept = whole_logits(folder)
+    summary = write_cache(
+        tokenized(texts, tokenizer, max_length),
+        model,
+        kept.signals if kept else [LOGITS],
+        folder,
+        tokenizer=tokenizer,
+        dtype=kept.dtype if kept else "float32",
+        batch_size_tokens=batch_size_tokens,
+        progress=progress,
+    )
+    return summary.keys
+
+
+def with_logits(dataset: Dataset, cache: TeacherCache, keys: np.ndarray) -> Dataset:
+    """`dataset` with a column ``teacher_logits``, fp32 ``[C]`` per row, for a `RecordedTeacher`.
+
+    For students that do not read the teacher's tokens, from which a `CachedTeacher` would find them.
+
+    Args:
+        dataset: rows without such a column.
+        cache: of a classifier's logits.
+        keys: of the rows, in their order, as `write_cache` returns them.
+
+    Raises:
+        TeacherCacheError: an example is not in the cache, or is damaged.
+        ValueError: the rows have the column already, or are of another number.
+    """
+    import pyarrow as pa
+    from datasets import Dataset, concatenate_datasets
+
+    if RECORDED_LOGITS in dataset.column_names:
+        _fail("with_logits", f"the data has a column {RECORDED_LOGITS!r} already; remove it")
+    if len(dataset) != len(keys):
+        _fail("with_logits", f"keys must be one per row, got {len(keys)} for {len(dataset)} rows")
+    logits = cache.stack(keys, LOGITS).float().numpy()
+    values = pa.FixedSizeListArray.from_arrays(pa.array(logits.reshape(-1)), logits.shape[1])
+    return concatenate_datasets([dataset, Dataset(pa.table({RECORDED_LOGITS: values}))], axis=1)
+
+
+def _lacks(folder: Path, absent: int, of: int) -> NoReturn:
+    _refuse(
+        folder,
+        f"lacks {absent:,} of {of:,} examples; run pydistill cache on these texts, which computes only what is "
+        "missing, or give CachedTeacher the model",
+    )
+
+
+def _refuse_content(folder: Path, path: Path) -> NoReturn:
+    _refuse(
+        folder,
+        f"is damaged: the content of {path.name} does not match its checksum; delete that file and write its examples "
+        "again",
+    )
 
 
 def _refuse(folder: Path, reason: str) -> NoReturn:

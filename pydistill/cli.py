@@ -277,8 +277,12 @@ def cache_command(words: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="new, empty, or a cache of the same teacher and signals")
     parser.add_argument("--teacher", required=True, help="folder, hub name or package:")
-    parser.add_argument("--corpus", nargs="+", required=True, help="one text per line; .jsonl, .csv, .parquet: per row")
-    parser.add_argument("--text-column", default="text", help="of files with columns")
+    parser.add_argument(
+        "--corpus", nargs="+", required=True, help="a text per line, or per row of .json, .jsonl, .csv, .tsv, .parquet"
+    )
+    parser.add_argument(
+        "--text-columns", nargs="+", default=["text"], metavar="NAME", help="of files with rows: one, or two for pairs"
+    )
     parser.add_argument("--max-length", type=int, default=128, help="tokens per text; as the students' runs have it")
     parser.add_argument("--signals", nargs="+", default=["logits"], help="logits, hidden_states@L, queries@L, ...")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="on disk")
@@ -289,15 +293,17 @@ def cache_command(words: list[str]) -> int:
     import torch
     import transformers
 
-    from pydistill.cache import write_cache
+    from pydistill.cache import tokenized, write_cache
     from pydistill.capture import LOGITS
-    from pydistill.data.corpus import Corpus, TextSource, corpus_texts
+    from pydistill.data.corpus import TextSource, corpus_rows
     from pydistill.plan import load_model_config, quiet, resolve_model
 
     try:
         number, of = (int(part) for part in options.share.split("/"))
     except ValueError:
         raise UserError(f"cache: --share must be i/n, such as 0/4, got {options.share!r}") from None
+    if len(options.text_columns) > 2:
+        raise UserError(f"cache: --text-columns must name one column or two, got {', '.join(options.text_columns)}")
     teacher = resolve_model(options.teacher, "--teacher")
     loader: Any = transformers.AutoModel
     if LOGITS in options.signals:
@@ -310,16 +316,15 @@ def cache_command(words: list[str]) -> int:
                 "pydistill.cache.write_cache with the model itself"
             )
     tokenizer = _tokenizer_of("cache", options.teacher)
-    # Once through, in order; what a run holds out is there too.
-    texts = corpus_texts(TextSource(files=options.corpus, text_column=options.text_column))
-    rows = Corpus(texts, tokenizer, max_length=options.max_length, shuffle_buffer=1, endless=False)
+    texts = corpus_rows(TextSource(files=options.corpus), options.text_columns)
     with quiet():
         model = loader.from_pretrained(teacher, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         done = write_cache(
-            rows, model, options.signals, options.folder, tokenizer=tokenizer, dtype=options.dtype,
-            top_k=options.top_k, share=(number, of), batch_size_tokens=options.batch_size_tokens,
+            tokenized(texts, tokenizer, options.max_length), model, options.signals, options.folder,
+            tokenizer=tokenizer, dtype=options.dtype, top_k=options.top_k, share=(number, of),
+            batch_size_tokens=options.batch_size_tokens, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"cache: {error}") from None

@@ -191,8 +191,11 @@ class TeacherConfig(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         "float32", description="arithmetic of labelling and fine-tuning; auto: bfloat16 where the machine computes it"
     )
-    batch_tokens: int = Field(2048, gt=0, description="padded tokens per batch of the labelling pass")
-    logits_folder: str | None = Field(None, description="keep the recorded logits here, for other runs to reuse")
+    batch_tokens: int = Field(2048, gt=0, description="tokens per batch of the labelling pass")
+    cache: str | None = Field(
+        None,
+        description="folder of `pydistill cache --signals logits`, or a new one: what it lacks is computed and added",
+    )
 
 
 class StudentConfig(Section):

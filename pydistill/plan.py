@@ -25,6 +25,7 @@ import yaml
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from pydistill import _dispatch
+from pydistill.cache import whole_logits
 from pydistill.config import (
     BaseRun,
     RunConfig,
@@ -45,7 +46,9 @@ CONTINUABLE = (
     "arms",
     "augment.workers",
     "teacher.batch_tokens",
-    "teacher.logits_folder",
+    "teacher.cache",
+    "teachers.batch_tokens",
+    "teachers.cache",
     "picture.sentence",
     "picture.heads",
 )
@@ -150,6 +153,8 @@ def plan_bilstm(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bo
     teacher = collect(problems, resolve_model, config.teacher.model, "teacher.model")
     collect(problems, check_vectors, config)
     problems += check_training_arguments(config)
+    if config.teacher.cache is not None:
+        collect(problems, check_logits_cache, config.teacher.cache)
 
     tokenizer = None
     if teacher is not None:
@@ -222,9 +227,17 @@ def sources_of(config: RunConfig) -> dict[str, str | None]:
         "data.test": data.test,
         "teacher.model": teacher.model,
         "teacher.tokenizer": teacher.tokenizer,
-        "teacher.logits_folder": teacher.logits_folder,
+        "teacher.cache": teacher.cache,
         "student.vectors": config.student.vectors,
     }
+
+
+def check_logits_cache(folder: str) -> None:
+    """Refuse a cache of something else than a classifier's whole logits; whose it is shows when the teacher runs."""
+    try:
+        whole_logits(folder)
+    except ValueError as error:
+        raise PlanError(f"teacher.cache: {error}") from None
 
 
 def check_sources_survive(sources: Mapping[str, str | None], output: Path) -> None:
@@ -490,6 +503,8 @@ def _describe(result: Plan) -> None:
         mask = result.tokenizer.mask_token
         if mask is None and config.augment.masking:
             result.add("transfer set", "note", "the teacher's tokenizer has no mask token: it sees its unknown token")
+    if config.teacher.cache is not None:
+        result.add("transfer set", "logits", f"from the cache {config.teacher.cache}; what it lacks is added")
     term = config.objective
     result.add("students", "loss", _loss_line(term.divergence, term.hard_weight, term.temperature))
     result.add("students", "optimizer", f"{config.optimizer.name}, {_arguments_line(config.train)}")

@@ -60,7 +60,7 @@ def test_lines_of_several_files_become_rows_in_order(tmp_path: Path) -> None:
     assert words(rows) == once + once
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet"])
 def test_files_with_columns_and_data_sets(tmp_path: Path, suffix: str) -> None:
     import pandas
 
@@ -70,7 +70,7 @@ def test_files_with_columns_and_data_sets(tmp_path: Path, suffix: str) -> None:
     if suffix == "jsonl":
         path.write_text("\n".join(json.dumps(row) for row in frame.to_dict("records")))
     else:
-        frame.to_csv(path) if suffix == "csv" else frame.to_parquet(path)
+        frame.to_csv(path, sep="\t" if suffix == "tsv" else ",") if suffix != "parquet" else frame.to_parquet(path)
     for keys in ({"files": str(path)}, {"dataset": f"{tmp_path}:train"}):
         section = CorpusSection(**keys, text_column="body", shuffle_buffer=1)
         assert load_corpus(section, tiny_tokenizer()).first_texts(5) == texts

@@ -292,7 +292,7 @@ def test_unknown_keys_are_named() -> None:
 
 
 def test_missing_recorded_logits_are_named() -> None:
-    with pytest.raises(ValueError, match="the batch has no 'teacher_logits'.*label_transfer_set"):
+    with pytest.raises(ValueError, match="the batch has no 'teacher_logits'.*pydistill.cache.with_logits"):
         distiller(RecordedTeacher())(**batch())
 
 

@@ -206,8 +206,8 @@ def test_output_folder_rules(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"augment.p_mask was 0.1, now 0.3; train.learning_rate was None, now 2"):
         plan(other, dry_run=False, resume=True)
 
-    inside = load_config(None, keys | {"teacher.logits_folder": str(output / "transfer")})
-    with pytest.raises(PlanError, match="teacher.logits_folder: .* which --overwrite empties"):
+    inside = load_config(None, keys | {"teacher.cache": str(output / "transfer")})
+    with pytest.raises(PlanError, match="teacher.cache: .* which --overwrite empties"):
         plan(inside, dry_run=False, overwrite=True)
 
     file = load_config(None, keys | {"output": str(output / "thesis.tex")})

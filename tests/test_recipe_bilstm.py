@@ -17,12 +17,15 @@ from made_up_task import make_teacher, sentences, write_table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pydistill.students  # noqa: F401 (registers the student with AutoModel)
+from pydistill.cache import TeacherCache
+from pydistill.cli import main
 from pydistill.config import UserError
 from pydistill.plan import PlanError, plan
 from pydistill.recipes import run
 from pydistill.recipes.bilstm import (
     Stages,
     TeacherHandle,
+    _in_dtype,
     _new_student,
     _transfer_set,
     _with_mask_token,
@@ -120,14 +123,15 @@ def test_transfer_set_uses_true_labels_and_the_teacher_s(shared: Path) -> None:
     originals = {text for text, _ in sentences(240, seed=1)}
     assert 240 < len(augmented) <= 3 * 240
     assert not originals & set(augmented["sentence"][:])
-    recorded = load_from_disk(str(transfer / "augmented-logits" / "rows"))
+    keys = np.load(transfer / "augmented-logits" / "keys.npy")
+    recorded = TeacherCache(transfer / "cache").stack(keys, "logits")
     assert len(recorded) == len(augmented)
     teacher = AutoModelForSequenceClassification.from_pretrained(shared / "run" / "teacher").eval()
     tokenizer = AutoTokenizer.from_pretrained(shared / "run" / "teacher")
     for index in (0, len(augmented) // 2, len(augmented) - 1):
         with torch.no_grad():
             logits = teacher(**tokenizer(augmented[index]["sentence"], return_tensors="pt")).logits[0]
-        torch.testing.assert_close(torch.tensor(recorded[index]["teacher_logits"]), logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recorded[index], logits, rtol=1e-4, atol=1e-5)
 
 
 def test_labelled_rows_keep_their_labels_and_synthetic_rows_take_the_teacher_s(shared: Path, tmp_path: Path) -> None:
@@ -285,22 +289,53 @@ def test_given_teacher_is_used_as_it_is(shared: Path, tmp_path: Path) -> None:
     assert results["models"][0]["runs"][0]["test"] == expected
 
 
-def test_recorded_logits_can_be_shared_between_runs(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_is_shared_between_runs(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run lacks is added, what is there is read, also what `pydistill cache` wrote; another teacher's is
+    refused."""
+    cache, teacher = tmp_path / "cache", str(shared / "run" / "teacher")
+    words = ["cache", str(cache), "--teacher", teacher, "--corpus", str(shared / "train.tsv"), "--max-length", "32"]
+    assert main([*words, "--text-columns", "sentence"]) == 0
+    there = len(TeacherCache(cache))
     keys = settings(shared, tmp_path / "run", teacher__fine_tune=None, seeds=[1], arms=["distilled"])
-    keys |= {"teacher.model": str(shared / "run" / "teacher"), "teacher.logits_folder": str(tmp_path / "logits")}
-    run("bilstm", keys | {"output": str(tmp_path / "one")})
-    # Other texts find a folder of their own beside the first.
-    augmented = keys | {"output": str(tmp_path / "augmented"), "arms": ["augmented"], "augment.n_iter": 1}
-    run("bilstm", augmented)
-    run("bilstm", augmented | {"output": str(tmp_path / "unmasked"), "augment.masking": False})
+    keys |= {"teacher.model": teacher, "teacher.cache": str(cache)}
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher was asked again")
 
-    monkeypatch.setattr("pydistill.teachers._label", refuse)
-    run("bilstm", keys | {"output": str(tmp_path / "two"), "objective.hard_weight": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr("pydistill.cache._Writer.add", refuse)
+        run("bilstm", keys | {"output": str(tmp_path / "one")})
+        assert not (tmp_path / "one" / "transfer" / "cache").exists()
+    augmented = keys | {"output": str(tmp_path / "augmented"), "arms": ["augmented"], "augment.n_iter": 1}
+    run("bilstm", augmented)
+    assert len(TeacherCache(cache)) > there
+    with monkeypatch.context() as patch:
+        patch.setattr("pydistill.cache._Writer.add", refuse)
+        run("bilstm", augmented | {"output": str(tmp_path / "again"), "objective.hard_weight": 0.5})
+    other = keys | {"output": str(tmp_path / "other"), "teacher.model": str(shared / "bert")}
+    with pytest.raises(PlanError, match="teacher.cache: .* different the teacher's weights"):
+        run("bilstm", other)
+    shutil.rmtree(cache)
+    with pytest.raises(PlanError, match="teacher.cache: .* no teacher cache: .*; delete .*-logits to compute"):
+        run("bilstm", augmented, resume=True)
+
+
+def test_a_cache_of_other_signals_is_refused_before_any_work(shared: Path, tmp_path: Path) -> None:
+    words = ["cache", str(tmp_path / "cache"), "--teacher", str(shared / "bert"), "--signals", "values@0"]
+    assert main([*words, "--corpus", str(shared / "train.tsv"), "--text-columns", "sentence"]) == 0
+    keys = settings(shared, tmp_path / "run", teacher__cache=str(tmp_path / "cache"))
+    with pytest.raises(PlanError, match="teacher.cache: .* must hold whole logits, and holds values@0"):
+        plan("bilstm", keys, dry_run=False)
+    new = str(tmp_path / "new")
+    assert f"from the cache {new}; what it lacks is added" in str(
+        plan("bilstm", keys | {"teacher.cache": new}, dry_run=False)
+    )
+
+
+def test_the_teacher_is_asked_in_the_arithmetic_that_is_wanted(shared: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(shared / "bert")
+    assert _in_dtype(model, torch.float32) is model
+    assert _in_dtype(model, torch.bfloat16).dtype == torch.bfloat16 and model.dtype == torch.float32
 
 
 def test_unknown_recipe_key_is_refused(shared: Path, tmp_path: Path) -> None:

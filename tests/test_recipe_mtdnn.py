@@ -199,15 +199,15 @@ def test_a_run_goes_on_where_it_stopped(
     class Stop(Exception):
         pass
 
-    real = mtdnn.label_transfer_set
+    real = mtdnn.record_logits
 
     def stopping(*arguments: Any, **given: Any) -> Any:
         raise Stop
 
-    monkeypatch.setattr(mtdnn, "label_transfer_set", stopping)
+    monkeypatch.setattr(mtdnn, "record_logits", stopping)
     with pytest.raises(Stop):
         start(shared, tmp_path / "parts", **options)
-    monkeypatch.setattr(mtdnn, "label_transfer_set", real)
+    monkeypatch.setattr(mtdnn, "record_logits", real)
     capsys.readouterr()
     with pytest.raises(PlanError, match="already holds a run"):
         start(shared, tmp_path / "parts", **options)

@@ -310,6 +310,7 @@ def test_what_is_refused_before_any_work(shared: Path, tmp_path: Path, keys: dic
     ("keys", "rule"),
     [
         ({"vocabulary__folder": "x"}, "give size, to train a vocabulary, or folder"),
+        ({"teacher__cache": "x"}, "cache: this teacher trains along, so that its signals change at every step"),
         ({"mixing__steps": 5}, "steps says when end is reached"),
         ({"objective": {"projected": "hidden_states", "project_norms": False}}, "choose among parameters"),
         ({"corpus__packing": "packed"}, "corpus.packing must be truncate"),

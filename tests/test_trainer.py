@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from pydistill import ProjectedMSE, SoftTarget
+from pydistill.cache import TeacherCache, tokenized, with_logits, write_cache
 from pydistill.distiller import Distiller
-from pydistill.teachers import OnlineTeacher, RecordedTeacher, label_transfer_set
+from pydistill.teachers import OnlineTeacher, RecordedTeacher
 from pydistill.trainer import (
     DistillationCollator,
     DistillationTrainer,
@@ -255,15 +256,9 @@ def test_bilstm_on_pairs_learns_from_a_transfer_set_and_resumes(tmp_path: Path) 
     first, second = tiny_sentences(24, seed=1), tiny_sentences(24, seed=2)
     words = build_word_tokenizer([*first, *second])
     data = Dataset.from_dict({"first": first, "second": second})
-    labelled = label_transfer_set(
-        data,
-        tiny_bert(seed=1),
-        tiny_tokenizer(),
-        text_columns=["first", "second"],
-        output=tmp_path / "logits",
-        max_length=64,
-        progress=False,
-    )
+    rows = tokenized(zip(first, second, strict=True), tiny_tokenizer(), 64)
+    keys = write_cache(rows, tiny_bert(seed=1), ["logits"], tmp_path / "logits", progress=False).keys
+    labelled = with_logits(data, TeacherCache(tmp_path / "logits"), keys)
     labelled = labelled.add_column("input_ids", words(first)["input_ids"])
     labelled = labelled.add_column("pair_input_ids", words(second)["input_ids"])
 

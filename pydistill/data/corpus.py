@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import glob
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,8 +29,14 @@ Packing = Literal["truncate", "packed"]
 _CHUNK = 256
 # Rows that packing fills at the same time; more waste less and mix documents from further apart.
 _OPEN_ROWS = 16
-# Builders of `datasets` by suffix; every other file is read line by line.
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Kinds of files by suffix; every other one is read line by line.
+_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+# How `datasets` reads a kind where its name does not say it. A cell that reads "NA" or "null" is a text; tabs come
+# without quoting.
+_READERS: dict[str, dict[str, Any]] = {
+    "csv": {"keep_default_na": False},
+    "tsv": {"path": "csv", "sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False},
+}
 
 
 class CorpusError(UserError):
@@ -41,7 +48,8 @@ class TextSource(Section):
 
     files: OneOrMore[str] | None = Field(
         None,
-        description="files, patterns (*, **) or package:NAME/PATH: one text per line; .jsonl, .csv, .parquet: per row",
+        description="files, patterns (*, **) or package:NAME/PATH: a text per line, or per row of a "
+        ".json, .jsonl, .csv, .tsv or .parquet file",
     )
     dataset: str | None = Field(None, description="NAME[@CONFIG][:SPLIT] for datasets.load_dataset, instead of files")
     text_column: str = Field("text", description="of a dataset, or of files with columns")
@@ -117,14 +125,35 @@ def corpus_texts(section: TextSource) -> Iterable[str]:
     return _Texts(section)
 
 
+def corpus_rows(section: TextSource, columns: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """Return the rows of a table, their texts in `columns`, in order, to be iterated any number of times.
+
+    Rows in which one of them is missing or blank are left out; ``section.text_column`` does not count.
+
+    Raises:
+        CorpusError: a file, data set or column that does not exist, or a file without text.
+    """
+    return _Rows(section, columns, "text columns")
+
+
 class _Texts:
     """The texts of files or of a data set, in order, without the blank ones; read anew by every iteration."""
 
     def __init__(self, section: TextSource) -> None:
-        self.column = section.text_column
+        self._rows = _Rows(section, [section.text_column], "corpus.text_column")
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for (text,) in self._rows)
+
+
+class _Rows:
+    """Rows of texts, the same way; files that are read line by line have one column, whatever it is called."""
+
+    def __init__(self, section: TextSource, columns: Sequence[str], key: str) -> None:
+        self.columns, self.key = list(columns), key
         if section.files is not None:
             paths = _expand(section.files)
-            kinds = {_BUILDERS.get(path.suffix.lower(), "text") for path in paths}
+            kinds = {_KINDS.get(path.suffix.lower(), "text") for path in paths}
             if len(kinds) > 1:
                 raise CorpusError(
                     f"corpus.files: must be of one kind, got {', '.join(sorted(kinds))}; convert them, or make two runs"
@@ -132,10 +161,16 @@ class _Texts:
             kind = kinds.pop()
             self.name = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
             if kind == "text":
-                self.column = "text"
+                if len(self.columns) > 1:
+                    raise CorpusError(
+                        f"corpus.files: {self.name}: is read line by line and has no columns "
+                        f"{', '.join(self.columns)}; name files that end in {', '.join(_KINDS)}"
+                    )
+                self.columns = ["text"]
                 for path in paths:
                     _check_text_file(path)
             self._options: dict[str, Any] = {"path": kind, "data_files": [str(path) for path in paths]}
+            self._options |= _READERS.get(kind, {})
         else:
             assert section.dataset is not None  # one of the two, says the section
             source, _, split = section.dataset.partition(":")
@@ -146,14 +181,17 @@ class _Texts:
         if next(iter(self), None) is None:
             raise CorpusError(f"corpus: {self.name}: holds no text")
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
         try:
             for batch in load_dataset(**self._options).iter(_CHUNK):
-                if self.column not in batch:
-                    raise CorpusError(
-                        f"corpus.text_column: {self.name}: there is no column {self.column!r}, only {', '.join(batch)}"
-                    )
-                yield from (text for text in batch[self.column] if isinstance(text, str) and text.strip())
+                for column in self.columns:
+                    if column not in batch:
+                        raise CorpusError(
+                            f"{self.key}: {self.name}: there is no column {column!r}, only {', '.join(batch)}"
+                        )
+                for row in zip(*(batch[column] for column in self.columns), strict=True):
+                    if all(isinstance(text, str) and text.strip() for text in row):
+                        yield row
         # One clause: an iterator that is left open is closed when the interpreter ends, and finds no global name then.
         except Exception as error:
             if isinstance(error, CorpusError):

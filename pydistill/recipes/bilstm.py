@@ -2,11 +2,13 @@
 """Tang et al. 2019 (arXiv 1903.12136): a fine-tuned Transformer teaches a BiLSTM its logits on real and synthetic rows.
 
 Each stage writes its own folder and appears under its name only when it is complete, so a run that was interrupted goes
-on where it stopped: ``teacher/``, ``transfer/augmented/``, ``transfer/*-logits/``, ``students/ARM-seedN/``.
+on where it stopped: ``teacher/``, ``transfer/augmented/``, ``transfer/*-logits/``, ``students/ARM-seedN/``. The
+teacher's logits are a cache, ``transfer/cache/`` or another folder; a stage keeps under which keys its rows are found.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -33,19 +35,20 @@ from transformers import (
 )
 
 from pydistill import SoftTarget, _dispatch
+from pydistill.cache import TeacherCache, TeacherCacheError, record_logits, with_logits
 from pydistill.config import Arm, OptimizerSection
 from pydistill.data.augment import AugmentConfig, augment_dataset
 from pydistill.distiller import Distiller
 from pydistill.inference import predict_logits
 from pydistill.metrics import classification_metrics
-from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, data_fingerprint, quiet
+from pydistill.plan import CONFIG_FILE, DATA_FILE, Plan, PlanError, data_fingerprint, quiet
 from pydistill.recipes.bilstm_report import best_student, page
 from pydistill.recipes.costs import costs_of, how_speed_is_measured
 from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
 from pydistill.report import METRICS_FILE, REPORT_FILE, text_table, write_report, write_text
 from pydistill.students.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from pydistill.students.words import build_word_tokenizer, word_vectors
-from pydistill.teachers import RecordedTeacher, label_transfer_set
+from pydistill.teachers import RECORDED_LOGITS, RecordedTeacher
 from pydistill.trainer import DistillationTrainer, OptimizerConfig
 
 # What a run writes into its output folder; --overwrite removes these and nothing else.
@@ -174,7 +177,7 @@ def _transfer_set(plan: Plan, stages: Stages, teacher: TeacherHandle) -> dict[st
     if "augmented" in plan.config.arms:
         rows = _augment(plan, stages)
         labelled = _label(plan, stages, teacher, "augmented", rows.remove_columns("source"))
-        answers = np.asarray(labelled.with_format("numpy")["teacher_logits"][:]).argmax(-1)
+        answers = np.asarray(labelled.with_format("numpy")[RECORDED_LOGITS][:]).argmax(-1)
         feature = plan.task.splits["train"].features["labels"]
         parts["augmented"] = labelled.add_column("labels", answers.tolist()).cast_column("labels", feature)
     return parts
@@ -200,28 +203,38 @@ def _augment(plan: Plan, stages: Stages) -> Dataset:
 
 
 def _label(plan: Plan, stages: Stages, teacher: TeacherHandle, name: str, rows: Dataset) -> Dataset:
-    config, columns = plan.config.teacher, plan.task.text_columns
-    kept = Path(config.logits_folder).expanduser() if config.logits_folder else None
+    """`rows` with the teacher's logits, from the cache once it has them all."""
+    config = plan.config.teacher
+    cache = Path(config.cache).expanduser() if config.cache else plan.output / "transfer" / "cache"
 
     def make(folder: Path) -> int:
-        labelled = label_transfer_set(
-            _with_mask_token(rows, columns, teacher.tokenizer),
-            teacher.model,
-            teacher.tokenizer,
-            text_columns=columns,
-            output=kept or stages.scratch(f"transfer/{name}-logits"),
-            shared=kept is not None,
-            batch_size_tokens=config.batch_tokens,
-            dtype=plan.dtype,
-            max_length=config.max_length,
-            progress=sys.stderr.isatty(),
-        )
-        labelled.select_columns("teacher_logits").save_to_disk(folder / "rows")
-        return len(labelled)
+        columns = plan.task.text_columns
+        texts = _texts(_with_mask_token(rows, columns, teacher.tokenizer), columns)
+        try:
+            keys = record_logits(
+                texts,
+                _in_dtype(teacher.model, plan.dtype),
+                teacher.tokenizer,
+                cache,
+                max_length=config.max_length,
+                batch_size_tokens=config.batch_tokens,
+                progress=sys.stderr.isatty(),
+            )
+        except ValueError as error:
+            raise PlanError(f"teacher.cache: {error}") from None
+        np.save(folder / "keys.npy", keys)
+        return len(rows)
 
     folder = stages.build(f"transfer/{name}-logits", make, f"the teacher labels {len(rows):,} rows")
-    logits = load_from_disk(str(folder / "rows"))
-    return concatenate_datasets([rows, logits], axis=1)
+    try:
+        return with_logits(rows, TeacherCache(cache), np.load(folder / "keys.npy"))
+    except TeacherCacheError as error:
+        raise PlanError(f"teacher.cache: {error}; delete {folder} to compute again what is missing") from None
+
+
+def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` itself where it has that dtype, otherwise a copy."""
+    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
 
 
 def _with_mask_token(rows: Dataset, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:

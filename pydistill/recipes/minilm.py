@@ -180,8 +180,8 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
     check_one_process()
     problems: list[str] = []
     output = Path(config.output).expanduser()
-    sources = {"teacher.model": config.teacher.model, "teacher.tokenizer": config.teacher.tokenizer}
-    sources |= corpus_sources(config)
+    teaching = ("model", "tokenizer", "cache")
+    sources = {f"teacher.{name}": getattr(config.teacher, name) for name in teaching} | corpus_sources(config)
     collect(problems, check_output, config, output, resume, overwrite, sources)
     blocks = {name: _block(config, name) for name in _stages(config)}
     problems += refused_arguments({f"train ({name})": block for name, block in blocks.items()})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -32,6 +31,8 @@ from transformers import (
 )
 
 from pydistill import _dispatch
+from pydistill.cache import TeacherCache, record_logits
+from pydistill.capture import LOGITS
 from pydistill.config import BaseRun, DataConfig, Distinct, OneOrMore, Section, TaskName, TrainBlock
 from pydistill.data.tasks import Task, load_task
 from pydistill.distiller import Distiller
@@ -62,14 +63,14 @@ from pydistill.recipes.pretraining import TRAINING_FILE, describe_block, describ
 from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
 from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.multitask import Head, Kind, MultiTaskConfig, MultiTaskModel, task_settings
-from pydistill.teachers import RECORDED_LOGITS, label_transfer_set, mean_prediction
+from pydistill.teachers import RECORDED_LOGITS, mean_prediction
 from pydistill.trainer import DistillationTrainer
 
 Arm = Literal["single", "mtdnn", "mtdnn_kd"]
 RANK_METRICS = ("hits", "mrr")
 OWN_PICTURES = ("comparison.png", "curves.png")
 OWN_ENTRIES = (
-    *("single", "mtdnn", "teachers", "targets", "mtdnn_kd", "fine_tuned", WORK),
+    *("single", "mtdnn", "teachers", "cache", "targets", "mtdnn_kd", "fine_tuned", WORK),
     *(METRICS_FILE, REPORT_FILE, CONFIG_FILE, DATA_FILE),
     *OWN_PICTURES,
 )
@@ -136,7 +137,12 @@ class TeachersSection(Section):
         "mtdnn", description="mtdnn: the encoder of the arm mtdnn, trained on all tasks (the paper), under a new head"
     )
     train: TrainBlock = Field(default_factory=dict, description="TrainingArguments that differ from train")
-    batch_tokens: int = Field(4096, gt=0, description="most tokens of a batch of the labelling pass")
+    batch_tokens: int = Field(4096, gt=0, description="tokens per batch of the labelling pass")
+    cache: str | None = Field(
+        None,
+        description="folder with a cache of logits for each teacher, TASK-1, TASK-2, ...: what one lacks is computed "
+        "and added; absent: the run's own",
+    )
 
 
 class MixingSection(Section):
@@ -222,6 +228,7 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
     sources: dict[str, str | None] = {
         "encoder.model": config.encoder.model,
         "encoder.tokenizer": config.encoder.tokenizer,
+        "teachers.cache": config.teachers.cache,
     }
     for name, section in config.tasks.items():
         sources |= {f"tasks.{name}.data.{split}": getattr(section.data, split) for split in ("train", "dev", "test")}
@@ -624,21 +631,11 @@ class _Run:
 
         def make(folder: Path) -> int:
             answers, held_out = [], []
-            for number, source in enumerate(teachers):
+            for number, source in enumerate(teachers, 1):
                 model, tokenizer = _load_teacher(source, name)
-                labelled = label_transfer_set(
-                    rows.remove_columns("labels"),
-                    model,
-                    tokenizer,
-                    text_columns=task.text_columns,
-                    output=self.stages.scratch(f"targets/{name}-{number}"),
-                    batch_size_tokens=self.config.teachers.batch_tokens,
-                    max_length=self.config.encoder.max_length,
-                    progress=sys.stderr.isatty(),
-                )
-                answers.append(np.asarray(labelled.with_format("numpy")[RECORDED_LOGITS][:]))
+                answers.append(self._logits(name, number, model, tokenizer))
                 held_out.append(_answers(model, tokenizer, task, self.config.encoder.max_length))
-            stacked = torch.from_numpy(np.stack(answers))  # [K, rows, C]
+            stacked = torch.stack(answers)  # [K, rows, C]
             # The softmax of a ranking's scores is one over candidates: the mean waits until they are together.
             mean = stacked.squeeze(-1).T if section.kind == "ranking" else mean_prediction(stacked)
             Dataset.from_dict({RECORDED_LOGITS: mean.tolist()}).save_to_disk(folder / "rows")
@@ -650,10 +647,28 @@ class _Run:
             return len(rows)
 
         what = f"{len(teachers)} teachers label {len(rows):,} rows"
-        folder = self._stage(f"targets/{name}", make, what)
-        for number in range(len(teachers)):
-            shutil.rmtree(self.stages.scratch(f"targets/{name}-{number}"), ignore_errors=True)
-        return folder
+        return self._stage(f"targets/{name}", make, what)
+
+    def _logits(
+        self, name: str, number: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> torch.Tensor:
+        """A teacher's logits for the training rows of a task, fp32 ``[rows, C]``: what the cache lacks is computed."""
+        section, task = self.config.teachers, self.plan.tasks[name]
+        rows = task.splits["train"]
+        folder = Path(section.cache or self.plan.output / "cache").expanduser() / f"{name}-{number}"
+        try:
+            keys = record_logits(
+                zip(*(rows[column] for column in task.text_columns), strict=True),
+                model,
+                tokenizer,
+                folder,
+                max_length=self.config.encoder.max_length,
+                batch_size_tokens=section.batch_tokens,
+                progress=sys.stderr.isatty(),
+            )
+            return TeacherCache(folder).stack(keys, LOGITS).float()
+        except ValueError as error:
+            raise PlanError(f"teachers.cache: {error}") from None
 
     def _tuned(self, arm: Arm, seed: int, name: str) -> Path:
         source = self._multi(arm, seed)

@@ -110,6 +110,13 @@ class TeacherSection(Section):
         None, gt=0, description="of its encoder and tables, which were trained before; absent: the student's"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_cache(cls, keys: Any) -> Any:
+        if isinstance(keys, dict) and keys.get("cache") is not None:
+            raise ValueError("cache: this teacher trains along, so that its signals change at every step; drop the key")
+        return keys
+
 
 class VocabularySection(Section):
     """The student's vocabulary."""
