@@ -23,7 +23,7 @@ from pydistill.data.corpus import CorpusSection, load_corpus
 from pydistill.plan import DATA_FILE, PlanBase, PlanError, length_limit
 from pydistill.recipes.stages import WORK
 from pydistill.report import METRICS_FILE, Page, text_table, write_report, write_text
-from pydistill.trainer import TRAINER_STATE
+from pydistill.trainer import TRAINER_STATE, rows_per_step
 
 # What a finished training says of itself, beside its weights.
 TRAINING_FILE = "training.json"
@@ -190,12 +190,6 @@ def stream_arguments(block: Mapping[str, Any], scratch: Path, seed: int) -> Trai
     return TrainingArguments(
         output_dir=str(scratch), seed=seed, data_seed=seed, remove_unused_columns=False, **defaults | dict(block)
     )
-
-
-def rows_per_step(arguments: TrainingArguments) -> int:
-    """How many rows of the stream all processes read for one step."""
-    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return per_process * arguments.world_size
 
 
 def rows_until(checkpoint: str, arguments: TrainingArguments) -> int:
