@@ -127,14 +127,21 @@ def plan(
     return planner(config)(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
+def process_count() -> int:
+    """How many processes torchrun or accelerate launch has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_one_process() -> None:
     """Refuse, first of all, to be one of several processes, which would write into the same folders.
 
     Raises:
         PlanError: this is one.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PlanError("a recipe is one process: start it without torchrun or accelerate launch")
+    if process_count() > 1:
+        raise PlanError(
+            f"this recipe is one process, got {process_count()}: start it without torchrun or accelerate launch"
+        )
 
 
 def plan_bilstm(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> Plan:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from pydistill.capture import ATTENTION_KINDS, LOGITS
+from pydistill.config import UserError
 from pydistill.distiller import Distiller
 from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX, with_signals
 
@@ -397,6 +398,10 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint and not self.args.ignore_data_skip:
             self._check_rows_per_step(Path(resume_from_checkpoint))
         self._part_sums = {}
+        if self.args.world_size > 1 and not self.is_fsdp_enabled:
+            # An evaluation before marks the model as prepared, and accelerate would not wrap it any more: every process
+            # would train on its own.
+            vars(self.distiller).pop("_is_accelerate_prepared", None)
         frozen = self._freeze_unreachable()
         # The base class seeds when it is made; whatever drew random numbers since then must not decide the
         # run.
@@ -420,6 +425,7 @@ class DistillationTrainer(Trainer):
                 f"(per_device_train_batch_size) x {self.args.gradient_accumulation_steps} "
                 f"(gradient_accumulation_steps): make them {before}. Or set ignore_data_skip=True, which begins a new "
                 "pass over the rows",
+                UserError,
             )
 
     def _freeze_unreachable(self) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distributed.train import STEPS, Case, student_at_start, train
-from processes import ChildError, in_a_new_process
+from processes import ChildError, launch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,14 +31,9 @@ WHOLE = {
 }
 
 
-def launch(processes: int, cases: list[Case]) -> None:
+def launch_cases(processes: int, cases: list[Case]) -> None:
     """Run the cases one after the other, in the same processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    # What the name of this machine stands for is nobody's business here.
-    interface = "lo" if sys.platform == "linux" else "lo0"
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface, "CUDA_VISIBLE_DEVICES": ""}
-    arguments = json.dumps([asdict(case) for case in cases])
-    in_a_new_process([*launcher, "-m", "distributed.train", arguments], timeout=120, **environment)
+    launch(processes, "distributed.train", json.dumps([asdict(case) for case in cases]))
 
 
 def results(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -87,6 +81,7 @@ def two(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         replace(case, folder=str(folder / name), batch=2, accumulation=2, save_steps=3, folder_each=name == "all")
         for name, case in WHOLE.items()
     ]
+    cases[1].evaluates = True
     uneven = cases[2]
     cases += [
         # What one process began, two go on with, in the middle of a pass.
@@ -98,7 +93,7 @@ def two(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         replace(uneven, folder=str(folder / "died"), dies=4),
     ]
     with pytest.raises(ChildError, match="SIGKILL") as caught:
-        launch(2, cases)
+        launch_cases(2, cases)
     (folder / "died.json").write_text(json.dumps([cases[-1].folder, str(caught.value), time.time()]))
     return folder
 
@@ -156,7 +151,7 @@ def test_four_processes(alone, tmp_path):
     names = ["relations", "all, uneven"]
     cases = [replace(WHOLE[name], folder=str(tmp_path / name), batch=2) for name in names]
     cases.append(replace(cases[1], folder=str(tmp_path / "sharded"), fsdp=True))
-    launch(4, cases)
+    launch_cases(4, cases)
     for name in names:
         check_same(tmp_path / name, alone / name)
     check_same(tmp_path / "sharded", alone / "all, uneven")

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from pydistill import _dispatch
 from pydistill.config import BaseRun, TrainBlock
 from pydistill.data.corpus import CorpusSection, load_corpus
-from pydistill.plan import DATA_FILE, PlanBase, PlanError, length_limit
+from pydistill.plan import DATA_FILE, PlanBase, PlanError, length_limit, process_count
 from pydistill.recipes.stages import WORK
 from pydistill.report import METRICS_FILE, Page, text_table, write_report, write_text
 from pydistill.trainer import TRAINER_STATE, rows_per_step
@@ -120,7 +120,8 @@ def describe_run(result: PlanBase, corpus: CorpusSection) -> None:
 def describe_machine(result: PlanBase, loss: str | None = None) -> None:
     """End the table of a plan: the device, and the kernel of ``loss``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads")
+    shared = f", in each of {process_count()} processes" if process_count() > 1 else ""
+    result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads{shared}")
     if loss is not None:
         chosen = _dispatch.resolve(loss, torch.device(device))
         result.add("machine", "kernel", f"{chosen}: {_dispatch.BACKENDS[loss][chosen].reason}")

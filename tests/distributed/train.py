@@ -41,6 +41,7 @@ class Case:
     fsdp: bool = False
     save_steps: int = 0
     resume: str | None = None  # a checkpoint
+    evaluates: bool = False  # before it trains
     folder_each: bool = False  # to see what every process writes
     dies: int = 0  # the last process, after this step
 
@@ -112,6 +113,8 @@ def train(case: Case) -> DistillationTrainer:
     )
     if case.dies and trainer.args.process_index == trainer.args.world_size - 1:
         trainer.add_callback(Dies(case.dies))
+    if case.evaluates:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=case.resume)
     state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
