@@ -462,8 +462,14 @@ def check_training_arguments(config: RunConfig) -> list[str]:
 
 
 def refused_arguments(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what ``TrainingArguments`` itself refuses (strategies that do not fit together, missing back ends)."""
-    problems = []
+    """Return FSDP, and what ``TrainingArguments`` refuses: strategies that do not fit together, missing back ends."""
+    problems = [
+        f"{key}: fsdp: each process of a recipe holds the whole student; leave it out, or write a DistillationTrainer"
+        for key, block in blocks.items()
+        if block.get("fsdp")
+    ]
+    if problems:
+        return problems
     with tempfile.TemporaryDirectory() as folder:
         for key, block in blocks.items():
             try:

@@ -30,6 +30,15 @@ WHOLE = {
     "relations, uneven": Case("", "relations", rows=13),
 }
 
+REFUSED = [
+    (Case("", options={"fsdp": True}), "fsdp: accelerate shards on GPUs and other accelerators alone, .* uses cpu"),
+    (
+        Case("", fsdp=True, options={"fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}),
+        r"reshard_after_forward must be false .* \(keys@-1, queries@-1, values@-1\), got true",
+    ),
+    (Case("", options={"accelerator_config": {"even_batches": False}}), "even_batches must be true, got false"),
+]
+
 
 def launch_cases(processes: int, cases: list[Case]) -> None:
     """Run the cases one after the other, in the same processes."""
@@ -89,6 +98,7 @@ def two(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         replace(uneven, folder=str(folder / "sharded"), fsdp=True),
         replace(uneven, folder=str(folder / "sharded, resumed"), fsdp=True, resume=checkpoint(folder / "sharded")),
         replace(cases[1], folder=str(folder / "sharded relations"), fsdp=True),
+        *(replace(case, folder=str(folder / f"refused {number}")) for number, (case, _) in enumerate(REFUSED)),
         # The last, which ends them all.
         replace(uneven, folder=str(folder / "died"), dies=4),
     ]
@@ -167,3 +177,8 @@ def test_a_process_that_dies_ends_all(alone, two, tmp_path):
     assert not (Path(died) / "weights.pt").exists()
     train(replace(WHOLE["all, uneven"], folder=str(tmp_path), resume=str(found)))
     check_resumed(tmp_path, alone / "all, uneven")
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_what_cannot_be_shared_is_refused(two, number):
+    assert re.search(REFUSED[number][1], (two / f"refused {number}" / "refused.txt").read_text())

@@ -54,7 +54,7 @@ def recipes(minilm_files: Path, shared_projections_files: Path, tmp_path_factory
             corpus__packing="packed",
             corpus__max_length=32,
             assistant={"hidden_size": 16},
-            student__initialization="svd",
+            student__initialization="layers",
             objective__relation_heads=8,
             **FEW,
         ),

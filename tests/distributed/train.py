@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Case:
     evaluates: bool = False  # before it trains
     folder_each: bool = False  # to see what every process writes
     dies: int = 0  # the last process, after this step
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments
 
 
 class Dies(TrainerCallback):
@@ -76,31 +77,32 @@ def train(case: Case) -> DistillationTrainer:
     # Whether it shards is decided once in a process; here it is once in a case.
     AcceleratorState._reset_state(reset_partial_state=True)
     rank = os.environ.get("RANK", "0")
-    arguments = TrainingArguments(
-        str(folder / (f"checkpoints-of-{rank}" if case.folder_each else "checkpoints")),
-        per_device_train_batch_size=case.batch,
-        per_device_eval_batch_size=4,
-        gradient_accumulation_steps=case.accumulation,
-        max_steps=STEPS,
-        learning_rate=0.1,
-        optim="sgd",
-        optim_args="momentum=0.5",  # something to resume
-        lr_scheduler_type="linear",
-        max_grad_norm=0,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=4,
-        save_strategy="steps" if case.save_steps else "no",
-        save_steps=case.save_steps or STEPS,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+    options: dict[str, Any] = {
+        "output_dir": str(folder / (f"checkpoints-of-{rank}" if case.folder_each else "checkpoints")),
+        "per_device_train_batch_size": case.batch,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": case.accumulation,
+        "max_steps": STEPS,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "optim_args": "momentum=0.5",  # something to resume
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_strategy": "steps" if case.save_steps else "no",
+        "save_steps": case.save_steps or STEPS,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
         # Whoever gets no gradient would be waited for.
-        ddp_find_unused_parameters=False,
-        fsdp=case.fsdp,
-        fsdp_config={"transformer_layer_cls_to_wrap": ["BertLayer"], "reshard_after_forward": False},
-        seed=3,
-    )
+        "ddp_find_unused_parameters": False,
+        "fsdp": case.fsdp,
+        "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"], "reshard_after_forward": False},
+        "seed": 3,
+    }
+    arguments = TrainingArguments(**options | case.options)
     if case.fsdp:
         # accelerate shards on accelerators alone. Told that this is one, it does what it does there, over gloo.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -126,5 +128,8 @@ def train(case: Case) -> DistillationTrainer:
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     for case in json.loads(sys.argv[1]):
-        train(Case(**case))
+        try:
+            train(Case(**case))
+        except ValueError as error:
+            (Path(case["folder"]) / "refused.txt").write_text(str(error))
     torch.distributed.destroy_process_group()
