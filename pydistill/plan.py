@@ -130,14 +130,21 @@ def plan(
     return planner(config)(config, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
+def process_count() -> int:
+    """How many processes torchrun or accelerate launch has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_one_process() -> None:
     """Refuse, first of all, to be one of several processes, which would write into the same folders.
 
     Raises:
         PlanError: this is one.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PlanError("a recipe is one process: start it without torchrun or accelerate launch")
+    if process_count() > 1:
+        raise PlanError(
+            f"this recipe is one process, got {process_count()}: start it without torchrun or accelerate launch"
+        )
 
 
 def plan_bilstm(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bool) -> Plan:
@@ -466,8 +473,14 @@ def check_training_arguments(config: RunConfig) -> list[str]:
 
 
 def refused_arguments(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what ``TrainingArguments`` itself refuses (strategies that do not fit together, missing back ends)."""
-    problems = []
+    """Return FSDP, and what ``TrainingArguments`` refuses: strategies that do not fit together, missing back ends."""
+    problems = [
+        f"{key}: fsdp: each process of a recipe holds the whole student; leave it out, or write a DistillationTrainer"
+        for key, block in blocks.items()
+        if block.get("fsdp")
+    ]
+    if problems:
+        return problems
     with tempfile.TemporaryDirectory() as folder:
         for key, block in blocks.items():
             try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import numpy as np
 import torch
+from accelerate.utils import find_batch_size, slice_tensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from pydistill.capture import LOGITS
+from pydistill.capture import ATTENTION_KINDS, LOGITS
+from pydistill.config import UserError
 from pydistill.distiller import Distiller
 from pydistill.teachers import RECORDED_LOGITS, TEACHER_PREFIX, with_signals
 
@@ -92,8 +97,11 @@ class DistillationTrainer(Trainer):
       training;
     - student parameters that the objective cannot reach are frozen while it trains, and listed in the log: the
       layers above the last one that is read, for instance. Data parallelism would wait for their gradients;
-    - the denominators of all terms are counted over the whole accumulated batch, so ``1 x 32`` equals ``4 x
-      8``;
+    - the denominators of all terms are counted over the whole accumulated batch of all processes, so ``1 x 32``
+      equals ``4 x 8``, in one process or in four. The rows that accelerate repeats, where the last batch of an epoch
+      does not divide by the processes, count nothing;
+    - a checkpoint of another number of processes is continued where a step still has as many rows, and refused where
+      it has not;
     - ``train_sampling_strategy="group_by_length"`` that is exactly resumable and finds lengths without
       reading the rows one by one; evaluation keeps the order of the rows;
     - batches of a `pydistill.multitask.TaskMixture`, each of one task, and the same one in every process;
@@ -109,8 +117,9 @@ class DistillationTrainer(Trainer):
         **options: further arguments of ``transformers.Trainer`` (``compute_metrics``, ``callbacks``, ...).
 
     Raises:
-        ValueError: label smoothing (the objective decides about the loss), or several GPUs in one process
-            (``torch.nn.DataParallel``, which knows nothing of the teacher).
+        ValueError: label smoothing (the objective decides about the loss), several GPUs in one process
+            (``torch.nn.DataParallel``, which knows nothing of the teacher), processes whose epochs end at different
+            steps, or FSDP where it shards nothing or what the objective reads.
     """
 
     model: Distiller
@@ -170,6 +179,34 @@ class DistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=None if optimizer is None else optimizer.resolve(args),
             **options,
         )
+        self._check_processes()
+        self.add_callback(StepSize(rows_per_step(self.args)))
+
+    def _check_processes(self) -> None:
+        """Refuse ways of being several processes that would hang, change the loss or silently be another way."""
+        if self.args.world_size > 1 and not self.args.accelerator_config.even_batches:
+            _fail(
+                "DistillationTrainer",
+                "accelerator_config: even_batches must be true, got false: processes without a last batch would be "
+                "waited for. Leave it out: the rows that it repeats count nothing",
+            )
+        if self.args.fsdp and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+            _fail(
+                "DistillationTrainer",
+                f"fsdp: accelerate shards on GPUs and other accelerators alone, and this process uses "
+                f"{self.args.device}; leave fsdp out",
+            )
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        inside = {signal for signal in self.distiller.objective.student_signals if signal.startswith(ATTENTION_KINDS)}
+        by_layer = plugin.transformer_cls_names_to_wrap or plugin.min_num_params
+        if inside and by_layer and plugin.reshard_after_forward:
+            _fail(
+                "DistillationTrainer",
+                f"fsdp_config: reshard_after_forward must be false where layers are sharded one by one and the "
+                f"objective reads what is inside of one ({', '.join(sorted(inside))}), got true",
+            )
 
     # ---- training step
 
@@ -177,10 +214,12 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Collect the micro-batches of one step, and count what the K terms' means run over in all of them."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [
+            self._without_repeats(batch, self.train_dataset) for batch in itertools.islice(epoch_iterator, num_batches)
+        ]
         if not batches:
             return batches, None
-        counts = [self.distiller.objective.count_items(batch) for batch in batches]
+        counts = [self.distiller.objective.count_items(batch) * _weight(batch) for batch in batches]
         items = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, reduction="sum")
@@ -196,9 +235,29 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The objective on one micro-batch; its parts are added up for the logs, on the device."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = loss * _weight(inputs)
         if outputs.get("parts") is not None:
-            self._add_parts(outputs["parts"])
+            self._add_parts({name: value * _weight(inputs) for name, value in outputs["parts"].items()})
         return (loss, outputs) if return_outputs else loss
+
+    def _without_repeats(self, batch: dict[str, Any], dataset: Any = None) -> dict[str, Any]:
+        """Leave out of a data set's last batch the rows that accelerate repeats so that all processes have as many."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size <= 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
+            return batch
+        if hasattr(dataset, "batches"):  # its batches come out even
+            return batch
+        rows = find_batch_size(batch)
+        # Of all processes, without the repeated ones; 0: there are none. Less: of a stream nobody knows, of an epoch
+        # that was resumed in its middle the loader does not.
+        distinct = state.remainder
+        if distinct < 0 and has_length(dataset):
+            distinct = len(dataset) % (rows * self.args.world_size)
+        if distinct <= 0:
+            return batch
+        own = distinct - rows * self.args.process_index
+        cut = slice_tensors(batch, slice(0, max(1, own)))
+        return cut if own > 0 else _Repeated(cut)
 
     def _add_parts(self, parts: Mapping[str, Tensor]) -> None:
         step = self.state.global_step
@@ -237,14 +296,25 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """One evaluation step: of the student alone, or of the whole objective where it reads no logits."""
+        distinct = self._without_repeats(inputs)
         if not self.distiller.reads_logits:
-            inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
-                return model(**inputs).loss.detach().mean(), None, None
-        student_inputs = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
-        return super().prediction_step(
-            model, {**student_inputs, "student_only": True}, prediction_loss_only, ignore_keys=ignore_keys
-        )
+                return model(**self._prepare_inputs(distinct)).loss.detach().mean(), None, None
+
+        def step(batch: Mapping[str, Any], loss_only: bool) -> Any:
+            student = {name: value for name, value in batch.items() if not name.startswith(TEACHER_PREFIX)}
+            return super(DistillationTrainer, self).prediction_step(
+                model, student | {"student_only": True}, loss_only, ignore_keys=ignore_keys
+            )
+
+        loss, logits, labels = step(inputs, prediction_loss_only)
+        if distinct is not inputs and loss is not None:
+            # Repeated predictions are left out of what is gathered; their part of a mean cannot be.
+            loss, _, _ = step(distinct, True)
+        return loss, logits, labels
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> None:
+        """An evaluated loss is the mean of a batch; with a number the base class takes it for the part of a sum."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate without advancing the random stream: how often one looks does not change the training."""
@@ -354,7 +424,13 @@ class DistillationTrainer(Trainer):
                     f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint",
                 )
             resume_from_checkpoint = str(found)
+        if resume_from_checkpoint and not self.args.ignore_data_skip:
+            self._check_rows_per_step(Path(resume_from_checkpoint))
         self._part_sums = {}
+        if self.args.world_size > 1 and not self.is_fsdp_enabled:
+            # An evaluation before marks the model as prepared, and accelerate would not wrap it any more: every process
+            # would train on its own.
+            vars(self.distiller).pop("_is_accelerate_prepared", None)
         frozen = self._freeze_unreachable()
         # The base class seeds when it is made; whatever drew random numbers since then must not decide the
         # run.
@@ -362,10 +438,26 @@ class DistillationTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            for name in frozen:  # by name: sharding replaces parameters
+                self.distiller.student.get_parameter(name).requires_grad_(True)
 
-    def _freeze_unreachable(self) -> list[nn.Parameter]:
+    def _check_rows_per_step(self, checkpoint: Path) -> None:
+        """Refuse to skip other rows than were trained on, and to go on with another schedule."""
+        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        before = state.get("stateful_callbacks", {}).get(StepSize.__name__, {}).get("args", {}).get("rows")
+        now = rows_per_step(self.args)
+        if before not in (None, now):
+            _fail(
+                "DistillationTrainer",
+                f"resume_from_checkpoint: a step of {checkpoint} had {before} rows, and has {now} now, "
+                f"{self.args.world_size} (processes) x {self.args.per_device_train_batch_size} "
+                f"(per_device_train_batch_size) x {self.args.gradient_accumulation_steps} "
+                f"(gradient_accumulation_steps): make them {before}. Or set ignore_data_skip=True, which begins a new "
+                "pass over the rows",
+                UserError,
+            )
+
+    def _freeze_unreachable(self) -> list[str]:
         """Freeze before optimizer and data parallelism ask which parameters train, and before the run is seeded."""
         student = self.distiller.student
         if self.distiller.objective.student_signals <= {LOGITS} or self.train_dataset is None:
@@ -382,7 +474,7 @@ class DistillationTrainer(Trainer):
                 f"The objective cannot reach {len(names)} of the student's parameters, which are frozen while it "
                 f"trains: {', '.join(names)}."
             )
-        return [student.get_parameter(name) for name in names]
+        return names
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -401,6 +493,11 @@ class DistillationTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGUMENTS)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every process writes its own, before the first one writes the file that makes a checkpoint complete."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -427,6 +524,31 @@ class DistillationTrainer(Trainer):
             from safetensors.torch import load_file
 
             self.distiller.objective.load_state_dict(load_file(folder / OBJECTIVE_WEIGHTS))
+
+
+class StepSize(TrainerCallback, ExportableState):
+    """Has a checkpoint say how many rows a step had, in all processes."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer's state holds of it."""
+        return {"args": {"rows": self.rows}, "attributes": {}}
+
+
+def rows_per_step(arguments: TrainingArguments) -> int:
+    """How many rows all processes read for one step."""
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return per_process * arguments.world_size
+
+
+class _Repeated(dict[str, Any]):
+    """A batch of rows that other processes have: it takes part in the step, as all must, and counts nothing."""
+
+
+def _weight(batch: Mapping[str, Any]) -> float:
+    return 0.0 if isinstance(batch, _Repeated) else 1.0
 
 
 def _scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -32,6 +32,15 @@ def in_a_new_process(arguments: list[str], timeout: float = 300, **environment: 
     return done.stdout
 
 
+def launch(processes: int, module: str, *arguments: str) -> str:
+    """Runs a module in several processes of this machine that talk over its loopback; ChildError if one fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    # What the name of this machine stands for is nobody's business here.
+    interface = "lo" if sys.platform == "linux" else "lo0"
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface, "CUDA_VISIBLE_DEVICES": ""}
+    return in_a_new_process([*launcher, "-m", module, *arguments], **environment)
+
+
 def numerics_of(file: str) -> list[str]:
     """Arguments that run the numerics tests of a test module."""
     return ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numerics", Path(file).name]

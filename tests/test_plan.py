@@ -51,6 +51,12 @@ def refusal(folder: Path, **more: Any) -> str:
     return str(caught.value)
 
 
+def test_several_processes_are_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would write into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "this recipe is one process, got 2: start it without torchrun" in refusal(shared)
+
+
 def test_a_teacher_without_tokenizer_files_is_refused(shared: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(shared / "bert" / name, tmp_path)

@@ -245,6 +245,7 @@ def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
         ({"corpus__files": ["none.txt"]}, "none.txt: there is no such file"),
         ({"corpus__held_out": 1000}, "no text is held out with held_out 1000"),
         ({"train__max_steps": -1}, "train.max_steps: the corpus is read as an endless stream"),
+        ({"train__fsdp": True}, "train (student): fsdp: each process of a recipe holds the whole student"),
         ({"student__initialization": "layers", "student__layers": 4, "teacher__layer": 2}, "from 1 to the teacher's 3"),
         ({"teacher__model": "./none"}, "teacher.model: ./none: there is no such folder"),
     ],
@@ -321,9 +322,3 @@ def test_a_teacher_from_a_cache(
     (tmp_path / "more.txt").write_text("\n".join(text for text, _ in sentences(50, seed=77)) + "\n")
     with pytest.raises(ValueError, match="run pydistill cache on these texts"):
         start(shared, tmp_path / "more", **cache | {"corpus.files": [str(tmp_path / "more.txt")]})
-
-
-def test_one_process_alone(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two would write into the same folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "a recipe is one process: start it without torchrun" in complaint(shared, tmp_path / "run")

@@ -586,7 +586,9 @@ class SoftTarget(nn.Module):
             return soft_target_loss(student_logits, teacher["logits"], labels, num_items=num_items, **self.options)
         if labels is None:
             _fail("hard_weight=1 needs integer labels, and the batch has none")
-        total = F.cross_entropy(student_logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
+        logits = student_logits.flatten(0, -2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits, labels.flatten(), reduction="sum")
         return total / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
 
     def _labels(self, batch: Mapping[str, Tensor]) -> Tensor | None:

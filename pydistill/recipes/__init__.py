@@ -98,8 +98,9 @@ def run(
         PlanError: the run cannot work as configured; see :func:`pydistill.plan.plan`.
     """
     from pydistill.plan import plan
+    from pydistill.recipes.stages import say
 
     config = source if isinstance(source, BaseRun) else load_config(find_recipe(source), overrides)
     planned = plan(config, resume=resume, overwrite=overwrite)
-    print(planned, flush=True)
+    say(str(planned))
     return import_module(MODULES[config.recipe]).run(planned)

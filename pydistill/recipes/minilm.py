@@ -39,7 +39,6 @@ from pydistill.plan import (
     DATA_FILE,
     PlanBase,
     PlanError,
-    check_one_process,
     check_output,
     collect,
     duration,
@@ -71,7 +70,7 @@ from pydistill.recipes.pretraining import (
     seconds_per_step,
     stream_arguments,
 )
-from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
+from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, once, open_output, say
 from pydistill.relations import relation_matrices, token_labels
 from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.encoder import make_student, smaller_config, spaced_layers
@@ -177,7 +176,6 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
             read, sizes that the architecture, the initialisation or the relation heads do not allow, texts longer than
             the model's limit, training arguments that contradict each other.
     """
-    check_one_process()
     problems: list[str] = []
     output = Path(config.output).expanduser()
     teaching = ("model", "tokenizer", "cache")
@@ -357,7 +355,8 @@ def run(plan: MiniLMPlan) -> dict[str, Any]:
 def _run(plan: MiniLMPlan) -> dict[str, Any]:
     config = plan.config
     open_output(plan, OWN_ENTRIES)
-    write_text(plan.output / DATA_FILE, fingerprint(config.corpus, first_texts(config.corpus, plan.tokenizer)))
+    seen = fingerprint(config.corpus, first_texts(config.corpus, plan.tokenizer))
+    once(lambda: write_text(plan.output / DATA_FILE, seen))
     stages = Stages(plan.output)
     source, layer, named = plan.teacher, config.teacher.layer, config.teacher.model
     models: list[dict[str, Any]] = []
@@ -369,7 +368,16 @@ def _run(plan: MiniLMPlan) -> dict[str, Any]:
         folder = stages.build(stage, make, f"learn from {named}, layer {layer}")
         models.append({"name": stage} | json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8")))
         source, layer, named = str(folder), config.objective.student_layer, f"the {stage}"
-    print("[compare] teacher and students on the same texts", flush=True)
+    for model in models:
+        model["loss_to_teacher"] = _loss_to_teacher(plan, model)
+    say("[compare] teacher and students on the same texts")
+    return once(lambda: _finish(plan, models, stages.done))
+
+
+def _finish(
+    plan: MiniLMPlan, models: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    config = plan.config
     compared, maps = _compare(plan, models)
     results = {
         "recipe": config.recipe,
@@ -377,7 +385,7 @@ def _run(plan: MiniLMPlan) -> dict[str, Any]:
         "objective": config.objective.model_dump(mode="json"),
         "evaluation_texts": _count_evaluation_rows(config, plan.tokenizer),
         "models": compared,
-        "stages": stages.done,
+        "stages": stages,
         "measured": (
             f"{how_speed_is_measured()} Texts of at most {config.timed_length} tokens. "
             "Without embeddings: everything but the embedding tables."
@@ -429,10 +437,7 @@ def _compare(plan: MiniLMPlan, trained: Sequence[Mapping[str, Any]]) -> tuple[li
             start = relations(untrained, student_layer)
             drawn.append(_drawn("student, at the start", start, truth, config.picture.heads))
         drawn.append(_drawn(f"{stage}, distilled", relations(student, student_layer), truth, config.picture.heads))
-        to_teacher = record["loss_after"]
-        if source is not teacher:
-            to_teacher = _held_out_loss(plan, student, teacher)
-        models.append(dict(record) | entry(stage, student, str(folder)) | {"loss_to_teacher": to_teacher})
+        models.append(dict(record) | entry(stage, student, str(folder)))
         source, layer = student, student_layer
     return models, picture | {"heads": config.picture.heads, "head_count": _head_count(truth), "models": drawn}
 
@@ -491,12 +496,14 @@ def _count_evaluation_rows(config: MiniLMConfig, tokenizer: PreTrainedTokenizerB
     return 0 if rows is None else len(rows)
 
 
-def _held_out_loss(plan: MiniLMPlan, student: PreTrainedModel, teacher: PreTrainedModel) -> float | None:
-    """The loss of a student against the teacher of the run, which an assistant stood between."""
+def _loss_to_teacher(plan: MiniLMPlan, trained: Mapping[str, Any]) -> float | None:
+    """The held-out loss against the teacher of the run, which an assistant may have stood between."""
     config = plan.config
     rows = _evaluation_rows(config, plan.tokenizer)
-    if rows is None:
-        return None
+    if rows is None or trained["source"] == plan.teacher:
+        return trained["loss_after"]
+    teacher = AutoModel.from_pretrained(plan.teacher, dtype=torch.float32)
+    student = AutoModel.from_pretrained(plan.output / trained["name"], dtype=torch.float32)
     trainer = DistillationTrainer(
         Distiller(student, OnlineTeacher(teacher), _term(config, config.teacher.layer)),
         stream_arguments(_block(config, "student") | {"eval_strategy": "no"}, plan.output / WORK, config.seed),
@@ -542,7 +549,7 @@ def _distil(plan: MiniLMPlan, stage: str, source: str, layer: int, folder: Path,
     before_file = scratch / "before.json"
     if checkpoint is None:
         before = trainer.evaluate()["eval_loss"] if evaluation is not None else None
-        write_text(before_file, json.dumps(before))
+        once(lambda: write_text(before_file, json.dumps(before)))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start

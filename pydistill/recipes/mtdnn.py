@@ -46,7 +46,6 @@ from pydistill.plan import (
     PlanBase,
     PlanError,
     check_labels,
-    check_one_process,
     check_output,
     collect,
     data_fingerprint,
@@ -60,7 +59,7 @@ from pydistill.plan import (
 )
 from pydistill.recipes.mtdnn_report import page
 from pydistill.recipes.pretraining import TRAINING_FILE, describe_block, describe_machine, finish
-from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
+from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, once, open_output
 from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.multitask import Head, Kind, MultiTaskConfig, MultiTaskModel, task_settings
 from pydistill.teachers import RECORDED_LOGITS, mean_prediction
@@ -222,7 +221,6 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
             than the data, heads that the encoder cannot have, texts longer than its limit, an output folder that holds
             another run, training arguments that contradict each other.
     """
-    check_one_process()
     problems: list[str] = []
     output = Path(config.output).expanduser()
     sources: dict[str, str | None] = {
@@ -543,7 +541,7 @@ class _Run:
     def whole(self) -> dict[str, Any]:
         plan, config = self.plan, self.config
         open_output(plan, OWN_ENTRIES)
-        write_text(plan.output / DATA_FILE, _fingerprint(plan.tasks))
+        once(lambda: write_text(plan.output / DATA_FILE, _fingerprint(plan.tasks)))
         models = []
         if "mtdnn_kd" in config.arms:
             models.append({"name": "teachers", "tasks": self._teacher_scores()})
@@ -551,6 +549,7 @@ class _Run:
             models.append({"name": arm, "tasks": self._scores(arm)})
             if config.fine_tune is not None and arm != "single":
                 models.append({"name": f"{arm}, fine-tuned", "tasks": self._scores(arm, tuned=True)})
+        curves = {arm: self._curves(arm) for arm in config.arms if arm != "single"}
         any_folder = self._folders(config.arms[-1], config.seeds[0])[next(iter(config.tasks))]
         model = AutoModelForSequenceClassification.from_pretrained(any_folder)
         results = {
@@ -560,7 +559,7 @@ class _Run:
             "rows": {name: task.counts for name, task in plan.tasks.items()},
             "parameters": sum(tensor.numel() for tensor in model.parameters()),
             "models": [model | {"average": _average(model["tasks"])} for model in models],
-            "curves": {arm: self._curves(arm) for arm in config.arms if arm != "single"},
+            "curves": curves,
             "student": str(any_folder.relative_to(plan.output)),
             "example": self._example(),
             "notes": {name: list(task.notes) for name, task in plan.tasks.items() if task.notes},
@@ -568,7 +567,7 @@ class _Run:
             "environment": _dispatch.environment(),
             "plan": str(plan),
         }
-        finish(plan.output, results, page, config.arms[-1])
+        once(lambda: finish(plan.output, results, page, config.arms[-1]))
         return results
 
     # ---- data
@@ -647,7 +646,7 @@ class _Run:
             return len(rows)
 
         what = f"{len(teachers)} teachers label {len(rows):,} rows"
-        return self._stage(f"targets/{name}", make, what)
+        return self._stage(f"targets/{name}", make, what, alone=True)
 
     def _logits(
         self, name: str, number: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -699,10 +698,10 @@ class _Run:
 
         return self._stage(stage, make, what)
 
-    def _stage(self, name: str, make: Callable[[Path], int], what: str) -> Path:
+    def _stage(self, name: str, make: Callable[[Path], int], what: str, *, alone: bool = False) -> Path:
         """A stage, built or found when it is asked for first."""
         if name not in self._built:
-            self._built[name] = self.stages.build(name, make, what)
+            self._built[name] = self.stages.build(name, make, what, alone=alone)
         return self._built[name]
 
     def _train(

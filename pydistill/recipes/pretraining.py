@@ -20,10 +20,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from pydistill import _dispatch
 from pydistill.config import BaseRun, TrainBlock
 from pydistill.data.corpus import CorpusSection, load_corpus
-from pydistill.plan import DATA_FILE, PlanBase, PlanError, length_limit
+from pydistill.plan import DATA_FILE, PlanBase, PlanError, length_limit, process_count
 from pydistill.recipes.stages import WORK
 from pydistill.report import METRICS_FILE, Page, text_table, write_report, write_text
-from pydistill.trainer import TRAINER_STATE
+from pydistill.trainer import TRAINER_STATE, rows_per_step
 
 # What a finished training says of itself, beside its weights.
 TRAINING_FILE = "training.json"
@@ -120,7 +120,8 @@ def describe_run(result: PlanBase, corpus: CorpusSection) -> None:
 def describe_machine(result: PlanBase, loss: str | None = None) -> None:
     """End the table of a plan: the device, and the kernel of ``loss``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads")
+    shared = f", in each of {process_count()} processes" if process_count() > 1 else ""
+    result.add("machine", "device", f"{device}, {torch.get_num_threads()} threads{shared}")
     if loss is not None:
         chosen = _dispatch.resolve(loss, torch.device(device))
         result.add("machine", "kernel", f"{chosen}: {_dispatch.BACKENDS[loss][chosen].reason}")
@@ -190,12 +191,6 @@ def stream_arguments(block: Mapping[str, Any], scratch: Path, seed: int) -> Trai
     return TrainingArguments(
         output_dir=str(scratch), seed=seed, data_seed=seed, remove_unused_columns=False, **defaults | dict(block)
     )
-
-
-def rows_per_step(arguments: TrainingArguments) -> int:
-    """How many rows of the stream all processes read for one step."""
-    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return per_process * arguments.world_size
 
 
 def rows_until(checkpoint: str, arguments: TrainingArguments) -> int:

@@ -41,7 +41,6 @@ from pydistill.plan import (
     DATA_FILE,
     PlanBase,
     PlanError,
-    check_one_process,
     check_output,
     collect,
     duration,
@@ -74,7 +73,7 @@ from pydistill.recipes.pretraining import (
     stream_arguments,
 )
 from pydistill.recipes.shared_projections_report import SEGMENTATION_FILE, page
-from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, open_output
+from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_in, once, open_output, say
 from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.encoder import make_student, smaller_config
 from pydistill.students.mixed_vocab import (
@@ -235,7 +234,6 @@ def plan_shared_projections(
             read, a tokenizer that is not WordPiece, vocabularies that do not fit together, sizes that the architecture
             does not allow, texts longer than the model's limit, training arguments that contradict each other.
     """
-    check_one_process()
     problems: list[str] = []
     output = Path(config.output).expanduser()
     sources = {
@@ -407,7 +405,8 @@ def run(plan: SharedProjectionsPlan) -> dict[str, Any]:
 def _run(plan: SharedProjectionsPlan) -> dict[str, Any]:
     config = plan.config
     open_output(plan, OWN_ENTRIES)
-    write_text(plan.output / DATA_FILE, fingerprint(config.corpus, first_texts(config.corpus, plan.tokenizer)))
+    seen = fingerprint(config.corpus, first_texts(config.corpus, plan.tokenizer))
+    once(lambda: write_text(plan.output / DATA_FILE, seen))
     stages = Stages(plan.output)
     vocabulary = plan.student_tokenizer or _vocabulary(plan, stages)
     trained = []
@@ -418,14 +417,24 @@ def _run(plan: SharedProjectionsPlan) -> dict[str, Any]:
 
         folder = stages.build(f"students/{arm}", make, "train")
         trained.append({"name": arm} | json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8")))
-    print("[compare] teacher and students on the same texts", flush=True)
+    say("[compare] teacher and students on the same texts")
+    return once(lambda: _finish(plan, trained, vocabulary, stages.done))
+
+
+def _finish(
+    plan: SharedProjectionsPlan,
+    trained: Sequence[Mapping[str, Any]],
+    vocabulary: PreTrainedTokenizerBase,
+    stages: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    config = plan.config
     texts = _evaluation_texts(config, plan.tokenizer)
     results = {
         "recipe": config.recipe,
         "description": config.description,
         "evaluation_texts": len(texts),
         "models": _compare(plan, trained, vocabulary, texts),
-        "stages": stages.done,
+        "stages": stages,
         "measured": (
             "Loss: cross-entropy of the masked pieces over the student's vocabulary, in nats; the same masks for all. "
             f"{how_speed_is_measured()} Texts of at most {config.timed_length} tokens. Without embeddings: "
@@ -448,7 +457,7 @@ def _vocabulary(plan: SharedProjectionsPlan, stages: Stages) -> PreTrainedTokeni
         train_vocabulary(corpus_texts(config.corpus), plan.tokenizer, size=size).save_pretrained(folder)
         return size
 
-    return load_tokenizer(stages.build("vocabulary", make, "find the pieces that the corpus is made of"))
+    return load_tokenizer(stages.build("vocabulary", make, "find the pieces that the corpus is made of", alone=True))
 
 
 def _segmenter(
@@ -574,13 +583,13 @@ def _train(
 
     before_file = scratch / "before.json"
     if checkpoint is None:
-        write_text(before_file, json.dumps(measure()))
+        once(lambda: write_text(before_file, json.dumps(measure())))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     step.student.save_pretrained(folder)
     vocabulary.save_pretrained(folder)
-    before, after = json.loads(before_file.read_text(encoding="utf-8")), measure()
+    before, after = json.loads(before_file.read_text(encoding="utf-8")), once(measure)
     record = {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recipes share: stages that are built once and resumed, and the line that tells how far a training is."""
+"""What the recipes share: stages, built once and resumed, in one process or several; the line of progress."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pydistill.plan import CONFIG_FILE, PlanBase, duration
@@ -23,17 +28,43 @@ WORK = "work"
 STAGE_FILE = "stage.json"
 
 
+Result = TypeVar("Result")
+
+
+def processes() -> PartialState:
+    """The processes that carry out this run, and which one this is."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def once(work: Callable[[], Result]) -> Result:
+    """Have the first process do it when all are there, while the others wait; every one returns what came out."""
+    state = processes()
+    state.wait_for_everyone()
+    results = [work() if state.is_main_process else None]
+    return broadcast_object_list(results)[0]
+
+
+def say(*lines: str) -> None:
+    """Print, in the first process."""
+    if processes().is_main_process:
+        print(*lines, sep="\n", flush=True)
+
+
 def open_output(plan: PlanBase, entries: Sequence[str]) -> None:
     """Make the output folder this run's own: remove ``entries`` if told to, and say whose configuration it is."""
-    if plan.overwrite:
-        for name in entries:
-            path = plan.output / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    plan.output.mkdir(parents=True, exist_ok=True)
-    write_text(plan.output / CONFIG_FILE, plan.config.to_yaml())
+
+    def open_it() -> None:
+        if plan.overwrite:
+            for name in entries:
+                path = plan.output / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        plan.output.mkdir(parents=True, exist_ok=True)
+        write_text(plan.output / CONFIG_FILE, plan.config.to_yaml())
+
+    once(open_it)
 
 
 class Stages:
@@ -43,34 +74,51 @@ class Stages:
         self.output = output
         self.done: list[dict[str, Any]] = []
 
-    def build(self, name: str, make: Callable[[Path], int], what: str) -> Path:
+    def build(self, name: str, make: Callable[[Path], int], what: str, *, alone: bool = False) -> Path:
         """Return the folder ``name``; ``make(folder)`` fills it and returns how many rows or steps that took.
 
-        ``make`` may find its own earlier, interrupted work in ``self.scratch(name)``.
+        ``make`` may find its own earlier, interrupted work in ``self.scratch(name)``. Several processes carry it out
+        together, as a training wants it, each in a folder of its own, of which the first one's is kept; with ``alone``
+        the first does, and the others wait.
         """
         final = self.output / name
-        if self.has(name):
-            record = json.loads((final / STAGE_FILE).read_text(encoding="utf-8"))
-            print(f"[{name}] kept from before", flush=True)
+        found = final / STAGE_FILE
+        record = once(lambda: json.loads(found.read_text(encoding="utf-8")) if self.has(name) else None)
+        if record is not None:
+            say(f"[{name}] kept from before")
         else:
-            print(f"[{name}] {what}", flush=True)
-            building = self.scratch(f"{name}.new")
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-            start = time.perf_counter()
-            rows = make(building)
-            record = {"name": name, "seconds": round(time.perf_counter() - start, 2), "rows": rows}
-            write_text(building / STAGE_FILE, json.dumps(record))
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(building, final)
-            shutil.rmtree(self.scratch(name), ignore_errors=True)
-            print(f"[{name}] {record['seconds']:.1f} s", flush=True)
+            say(f"[{name}] {what}")
+            with self._building(name) as folder:
+                start = time.perf_counter()
+                rows = once(lambda: make(folder)) if alone else make(folder)
+                taken = {"name": name, "seconds": round(time.perf_counter() - start, 2), "rows": rows}
+                record = once(lambda: self._publish(folder, final, taken))
+            say(f"[{name}] {record['seconds']:.1f} s")
         self.done.append(record)
         return final
 
     def has(self, name: str) -> bool:
         """Whether the stage ``name`` is finished."""
         return (self.output / name / STAGE_FILE).is_file()
+
+    @contextmanager
+    def _building(self, name: str) -> Iterator[Path]:
+        """An empty folder; what other processes than the first leave in theirs is thrown away."""
+        if not processes().is_main_process:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder)
+            return
+        building = self.scratch(f"{name}.new")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        yield building
+
+    def _publish(self, building: Path, final: Path, record: dict[str, Any]) -> dict[str, Any]:
+        write_text(building / STAGE_FILE, json.dumps(record))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(building, final)
+        shutil.rmtree(self.scratch(record["name"]), ignore_errors=True)
+        return record
 
     def scratch(self, name: str) -> Path:
         """Return the folder where the unfinished work of a stage lies."""
@@ -79,7 +127,7 @@ class Stages:
 
 def checkpoint_in(folder: Path) -> str | None:
     """Return the last complete checkpoint of an interrupted training, as ``Trainer.train`` wants it."""
-    found = last_checkpoint(folder)
+    found = once(lambda: last_checkpoint(folder))
     return None if found is None else str(found)
 
 
@@ -128,6 +176,7 @@ class Progress(TrainerCallback):
 
 
 def attach_progress(trainer: Trainer, metric: str) -> None:
-    """Let a trainer say its progress in a line."""
+    """Let a trainer say its progress in a line, in the first process."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(metric))
+    if trainer.is_world_process_zero():
+        trainer.add_callback(Progress(metric))

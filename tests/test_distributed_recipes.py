@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes in two processes, interrupted once: the same student and results as in one that sees the same rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_recipe_minilm
+import test_recipe_shared_projections
+import torch
+from processes import launch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from pydistill.config import load_config
+from pydistill.recipes import run
+
+pytestmark = pytest.mark.slow
+
+minilm_files = test_recipe_minilm.shared
+shared_projections_files = test_recipe_shared_projections.shared
+
+FEW: dict[str, Any] = {
+    "train.max_steps": 8,
+    "train.save_steps": 3,
+    "train.logging_steps": 2,
+    # Or Adam makes a step of a gradient that is rounding alone.
+    "train.adam_epsilon": 1e-3,
+    "train.lr_scheduler_type": "constant",
+    "evaluation_texts": 21,
+}
+STUDENTS = {"minilm": "student", "shared-projections": "students/down"}
+
+
+def without_dropout(folder: Path, target: Path) -> str:
+    """Two processes draw other masks than one."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    AutoModel.from_pretrained(folder, **rates).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return str(target)
+
+
+@pytest.fixture(scope="module")
+def recipes(minilm_files: Path, shared_projections_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both recipes in one process, and in two with half as many rows each."""
+    folder = tmp_path_factory.mktemp("recipes")
+    keys = [
+        test_recipe_minilm.settings(
+            minilm_files,
+            folder,
+            corpus__packing="packed",
+            corpus__max_length=32,
+            assistant={"hidden_size": 16},
+            student__initialization="layers",
+            objective__relation_heads=8,
+            **FEW,
+        ),
+        test_recipe_shared_projections.settings(shared_projections_files, folder, **FEW),
+    ]
+    for one in keys:
+        one["teacher.model"] = without_dropout(one["teacher.model"], folder / f"teacher of {one['recipe']}")
+    for one in keys:
+        run(load_config(None, one | {"output": str(folder / one["recipe"] / "alone")}))
+    rows = "train.per_device_train_batch_size"
+    halves = json.dumps([one | {rows: one[rows] // 2} for one in keys])
+    (folder / "printed.txt").write_text(launch(2, "distributed.recipe", str(folder), halves))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", STUDENTS)
+def test_the_student_is_that_of_one_process(recipes: Path, recipe: str) -> None:
+    """Each process has its own rows of the stream, and goes on with those that it has not seen."""
+    together, alone = (recipes / recipe / name / STUDENTS[recipe] for name in ("together", "alone"))
+    found, expected = (load_file(folder / "model.safetensors") for folder in (together, alone))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", STUDENTS)
+def test_the_results_are_those_of_one_process(recipes: Path, recipe: str) -> None:
+    together, alone = (
+        json.loads((recipes / recipe / name / "metrics.json").read_text()) for name in ("together", "alone")
+    )
+    # All processes return what one of them has found out.
+    for rank in (0, 1):
+        assert json.loads((recipes / recipe / f"results-of-{rank}.json").read_text()) == together
+    assert "in each of 2 processes" in together["plan"]
+    for mine, theirs in zip(together["models"], alone["models"], strict=True):
+        losses = [name for name in theirs if name.startswith("loss")]
+        assert {name: mine[name] for name in losses} == pytest.approx({name: theirs[name] for name in losses}, rel=1e-4)
+    # Nothing is left of what the processes worked with.
+    entries = [{path.name for path in (recipes / recipe / name).rglob("*")} for name in ("together", "alone")]
+    assert entries[0] == entries[1]
+
+
+def test_every_line_is_printed_once(recipes: Path) -> None:
+    printed = (recipes / "printed.txt").read_text()
+    assert printed.count("[student] learn from") == 1 and printed.count("[assistant] learn from") == 2  # begun twice
+    assert printed.count("[vocabulary] kept from before") == printed.count("report:") - 1 == 1
