@@ -645,7 +645,7 @@ class _Run:
             write_text(folder / TRAINING_FILE, json.dumps(scores))
             return len(rows)
 
-        what = f"{len(teachers)} teachers label {len(rows):,} rows"
+        what = f"{'1 teacher labels' if len(teachers) == 1 else f'{len(teachers)} teachers label'} {len(rows):,} rows"
         return self._stage(f"targets/{name}", make, what, alone=True)
 
     def _logits(
