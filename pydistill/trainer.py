@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import find_batch_size, slice_tensors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
@@ -214,12 +215,12 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Collect the micro-batches of one step, and count what the K terms' means run over in all of them."""
-        batches = [
-            self._without_repeats(batch, self.train_dataset) for batch in itertools.islice(epoch_iterator, num_batches)
-        ]
+        batches = [self._without_repeats(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
         if not batches:
             return batches, None
-        counts = [self.distiller.objective.count_items(batch) * _weight(batch) for batch in batches]
+        counts = [self.distiller.objective.count_items(batch) for batch in batches if not isinstance(batch, _Repeated)]
+        # Nothing of its own: the others' counts are added below.
+        counts = counts or [0 * self.distiller.objective.count_items(batches[0])]
         items = torch.stack(counts).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, reduction="sum")
@@ -235,25 +236,21 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The objective on one micro-batch; its parts are added up for the logs, on the device."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        loss = loss * _weight(inputs)
-        if outputs.get("parts") is not None:
-            self._add_parts({name: value * _weight(inputs) for name, value in outputs["parts"].items()})
+        parts = outputs.get("parts")
+        if isinstance(inputs, _Repeated):
+            loss, parts = 0 * loss, {name: 0 * value for name, value in parts.items()}
+        if parts is not None:
+            self._add_parts(parts)
         return (loss, outputs) if return_outputs else loss
 
-    def _without_repeats(self, batch: dict[str, Any], dataset: Any = None) -> dict[str, Any]:
-        """Leave out of a data set's last batch the rows that accelerate repeats so that all processes have as many."""
+    def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Leave out of a pass's last batch the rows that accelerate repeats so that all processes have as many."""
         state = self.accelerator.gradient_state
         if self.args.world_size <= 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
             return batch
-        if hasattr(dataset, "batches"):  # its batches come out even
-            return batch
         rows = find_batch_size(batch)
-        # Of all processes, without the repeated ones; 0: there are none. Less: of a stream nobody knows, of an epoch
-        # that was resumed in its middle the loader does not.
-        distinct = state.remainder
-        if distinct < 0 and has_length(dataset):
-            distinct = len(dataset) % (rows * self.args.world_size)
-        if distinct <= 0:
+        distinct = _rows_of_last_batch(state.active_dataloader, rows * self.args.world_size)
+        if distinct == 0:
             return batch
         own = distinct - rows * self.args.process_index
         cut = slice_tensors(batch, slice(0, max(1, own)))
@@ -547,8 +544,16 @@ class _Repeated(dict[str, Any]):
     """A batch of rows that other processes have: it takes part in the step, as all must, and counts nothing."""
 
 
-def _weight(batch: Mapping[str, Any]) -> float:
-    return 0.0 if isinstance(batch, _Repeated) else 1.0
+def _rows_of_last_batch(loader: Any, size: int) -> int:
+    """How many rows the last batch of that size has, of all processes, without repeated ones; 0: it is full."""
+    if isinstance(loader, DataLoaderDispatcher):
+        return loader.remainder % size
+    # accelerate wraps torch's sampler to share batches out and to skip them. Of other samplers, and of a stream, it
+    # cannot be told.
+    sampler = loader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    return len(sampler.sampler) % size if type(sampler) is BatchSampler and has_length(sampler.sampler) else 0
 
 
 def _scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
