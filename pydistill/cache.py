@@ -123,6 +123,9 @@ def hash_teacher(model: PreTrainedModel, signals: Sequence[str]) -> str:
         parameter.requires_grad_(True)
     try:
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+        if "token_type_ids" in input_names(model):
+            # One token of either text: some heads read the two apart.
+            inputs["token_type_ids"] = torch.arange(2, device=model.device)[None]
         return hash_model(model, unreachable_parameters(model, signals, inputs))
     finally:
         for parameter in frozen:
