@@ -490,7 +490,7 @@ def test_top_k_comes_back_many_at_once(tmp_path: Path) -> None:
 def test_pairs_of_a_table(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A cell's content is its text, also "NA" and quotes; a row without one of the two texts is no pair."""
     teacher = make_teacher(tmp_path / "bert", classes=3)
-    rows = [("a dull film", "a great film"), ("NA", "null"), ('the "plot', "with warm music"), ("a great film", " ")]
+    rows = [("a dull film", "a great film"), ("NA", "null"), ('"the plot', "with warm music"), ("a great film", " ")]
     frame = pandas.DataFrame({"id": range(4), "one": [row[0] for row in rows], "two": [row[1] for row in rows]})
     path = tmp_path / f"train.{suffix}"
     if suffix == "tsv":
