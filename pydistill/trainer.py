@@ -185,7 +185,7 @@ class DistillationTrainer(Trainer):
 
     def _check_processes(self) -> None:
         """Refuse ways of being several processes that would hang, change the loss or silently be another way."""
-        if self.args.world_size > 1 and not self.args.accelerator_config.even_batches:
+        if self.args.world_size > 1 and not cast(Any, self.args.accelerator_config).even_batches:
             _fail(
                 "DistillationTrainer",
                 "accelerator_config: even_batches must be true, got false: processes without a last batch would be "

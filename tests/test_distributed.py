@@ -97,7 +97,7 @@ def two(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         replace(uneven, folder=str(folder / "resumed"), resume=checkpoint(alone / "all, uneven")),
         replace(uneven, folder=str(folder / "sharded"), fsdp=True),
         replace(uneven, folder=str(folder / "sharded, resumed"), fsdp=True, resume=checkpoint(folder / "sharded")),
-        replace(cases[1], folder=str(folder / "sharded relations"), fsdp=True),
+        replace(cases[1], folder=str(folder / "sharded relations"), fsdp=True, evaluates=False),
         *(replace(case, folder=str(folder / f"refused {number}")) for number, (case, _) in enumerate(REFUSED)),
         # The last, which ends them all.
         replace(uneven, folder=str(folder / "died"), dies=4),
@@ -173,7 +173,8 @@ def test_a_process_that_dies_ends_all(alone, two, tmp_path):
     assert re.search(r"rank +: 1 \(.*\n +exitcode +: -9 .*SIGKILL", message), message
     found = last_checkpoint(Path(died) / "checkpoints")
     assert found is not None and found.name == "checkpoint-3"
-    assert end - (found / "trainer_state.json").stat().st_mtime < 30
+    # The others would wait for half an hour.
+    assert end - (found / "trainer_state.json").stat().st_mtime < 120
     assert not (Path(died) / "weights.pt").exists()
     train(replace(WHOLE["all, uneven"], folder=str(tmp_path), resume=str(found)))
     check_resumed(tmp_path, alone / "all, uneven")
