@@ -98,10 +98,10 @@ class TaskMixture(Dataset[dict[str, Any]]):
 
 
 def _rows_per_epoch(sizes: np.ndarray, strategy: Strategy, cap: int | None) -> list[int]:
+    if cap is not None:
+        return np.minimum(sizes, cap).tolist()
     if strategy == "proportional":
         return sizes.tolist()
-    if strategy == "capped":
-        return np.minimum(sizes, cap).tolist()
     shares = np.sqrt(sizes) if strategy == "square_root" else np.ones(len(sizes))
     return np.maximum(1, np.round(sizes.sum() * shares / shares.sum())).astype(int).tolist()
 

@@ -542,7 +542,7 @@ class _Run:
         plan, config = self.plan, self.config
         open_output(plan, OWN_ENTRIES)
         once(lambda: write_text(plan.output / DATA_FILE, _fingerprint(plan.tasks)))
-        models = []
+        models: list[dict[str, Any]] = []
         if "mtdnn_kd" in config.arms:
             models.append({"name": "teachers", "tasks": self._teacher_scores()})
         for arm in config.arms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,7 @@ def draw_curves(results: Mapping[str, Any]) -> Figure:
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(10, 2.6 * lines + 0.5), layout="constrained")
-    axes: Sequence[Any] = figure.subplots(lines, columns, squeeze=False).flatten()
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[len(tasks) :]:
         axis.set_axis_off()
     for axis, name in zip(axes, tasks, strict=False):

@@ -131,7 +131,7 @@ class MultiTaskConfig(PretrainedConfig):
         return config
 
 
-def _problem_type(settings: Mapping[str, Any]) -> str:
+def _problem_type(settings: Mapping[str, Any]) -> Literal["single_label_classification", "regression"]:
     return "single_label_classification" if settings["kind"] == "classification" else "regression"
 
 
@@ -253,12 +253,12 @@ class MultiTaskModel(PreTrainedModel):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if isinstance(source, PreTrainedModel):
-                encoder = source.base_model
-            else:
+            whole: Any = source
+            if not isinstance(source, PreTrainedModel):
                 config = AutoConfig.from_pretrained(source)
                 kind: Any = cls if isinstance(config, MultiTaskConfig) else AutoModelForSequenceClassification
-                encoder = kind.from_pretrained(source, dtype=torch.float32).base_model
+                whole = kind.from_pretrained(source, dtype=torch.float32)
+            encoder = whole.base_model
             model = cls(MultiTaskConfig(encoder=encoder.config.to_dict(), tasks=tasks))
         model.encoder.load_state_dict(encoder.state_dict(), strict=False)
         return model
@@ -309,12 +309,12 @@ class MultiTaskModel(PreTrainedModel):
         if task is None:
             _fail("MultiTaskModel", f"task must name one of {', '.join(self.config.tasks)}")
         settings = self.config.settings(task)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs = {name: value for name, value in given.items() if value is not None}
         if settings["head"] == "san":
             logits = self._answer(task, inputs)
         else:
-            head = self.heads[task]
+            head = cast(PreTrainedModel, self.heads[task])
             # Found as an attribute, registered nowhere: the encoder is the parent's, once.
             head.__dict__[head.base_model_prefix] = self.encoder
             logits = head(**inputs).logits
