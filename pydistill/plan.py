@@ -294,20 +294,20 @@ def resolve_model(source: str, key: str) -> str:
     return str(path) if path.is_dir() else source
 
 
-def load_model_config(model: str) -> PretrainedConfig:
-    """Read a model's configuration; nothing of its weights."""
+def load_model_config(model: str, key: str = "teacher.model") -> PretrainedConfig:
+    """Read the configuration of the model that ``key`` names; nothing of its weights."""
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise PlanError(f"teacher.model: {model}: {_first_line(error)}") from None
+        raise PlanError(f"{key}: {model}: {_first_line(error)}") from None
 
 
-def teacher_tokenizer(source: str | None, model: str) -> PreTrainedTokenizerBase:
-    """Load the teacher's tokenizer, from its own folder or from ``teacher.tokenizer``."""
+def teacher_tokenizer(source: str | None, model: str, key: str = "teacher.tokenizer") -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, from its own folder or from what ``key`` names."""
     try:
         return load_tokenizer(resolve_path(source) if source else model)
     except ModelError as error:
-        raise PlanError(f"teacher.tokenizer: {error}; name a tokenizer with --teacher.tokenizer") from None
+        raise PlanError(f"{key}: {error}; name a tokenizer with --{key}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -237,6 +237,11 @@ def test_given_teachers(shared: Path, tmp_path: Path) -> None:
     before = json.loads((tmp_path / "first" / "metrics.json").read_text())["models"][0]["tasks"]["second"]["mean"]
     assert results["models"][0]["tasks"]["second"]["mean"] == before
     assert [one["accuracy"] for one in results["models"][0]["tasks"]["second"]["members"]] == [before, before]
+    # A model of several tasks is an encoder, too: of a task with an answer module, for one.
+    more = {"encoder__model": str(first), "tasks__second__head": "san", "encoder__max_length": 64}
+    assert "san head" in str(
+        pydistill.plan(load_config(None, settings(shared, tmp_path / "third", arms=["mtdnn"], **more)))
+    )
     # Their classes are compared with the data's.
     with pytest.raises(PlanError, match="orders its classes bad, good, the data good, bad"):
         more = {"tasks__mood__teachers": [str(tmp_path / "plain")], "tasks__mood__data__labels": ["good", "bad"]}

@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from pydantic import Field, model_validator
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -246,10 +247,10 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
     ]
     tasks = {name: collect(problems, _load, name, section) for name, section in config.tasks.items()}
     encoder = collect(problems, resolve_model, config.encoder.model, "encoder.model")
-    model_config = collect(problems, load_model_config, encoder) if encoder is not None else None
+    model_config = collect(problems, _encoder_config, encoder) if encoder is not None else None
     tokenizer = None
     if model_config is not None:
-        tokenizer = collect(problems, teacher_tokenizer, config.encoder.tokenizer, encoder)
+        tokenizer = collect(problems, teacher_tokenizer, config.encoder.tokenizer, encoder, "encoder.tokenizer")
         limit = length_limit(model_config, tokenizer)
         if limit is not None and config.encoder.max_length > limit:
             problems.append(
@@ -297,6 +298,12 @@ def _load(name: str, section: TaskSection) -> Task:
     return task
 
 
+def _encoder_config(source: str) -> PretrainedConfig:
+    """Of the encoder alone, where a model of several tasks is named."""
+    config = load_model_config(source, "encoder.model")
+    return AutoConfig.for_model(**config.encoder) if isinstance(config, MultiTaskConfig) else config
+
+
 def _check_head(name: str, section: TaskSection, task: Task, encoder: PretrainedConfig, tokenizer: Any) -> list[str]:
     problems = []
     typed = getattr(encoder, "type_vocab_size", 0) >= 2
@@ -308,8 +315,7 @@ def _check_head(name: str, section: TaskSection, task: Task, encoder: Pretrained
             "use linear"
         )
     try:
-        plain = getattr(encoder, "encoder", None) if isinstance(encoder, MultiTaskConfig) else encoder.to_dict()
-        MultiTaskConfig(encoder=plain, tasks={name: _settings(section, task)}).classifier(name)
+        MultiTaskConfig(encoder=encoder.to_dict(), tasks={name: _settings(section, task)}).classifier(name)
     except ValueError as error:
         problems.append(f"tasks.{name}: {error}")
     return problems
@@ -328,7 +334,7 @@ def _teacher(name: str, source: str, section: TaskSection, task: Task | None) ->
     """
     key = f"tasks.{name}.teachers"
     found = resolve_model(source, key)
-    config = load_model_config(found)
+    config = load_model_config(found, key)
     if isinstance(config, MultiTaskConfig):
         if name not in config.tasks:
             raise PlanError(f"{key}: {source} knows the tasks {', '.join(config.tasks)}, not {name}")
