@@ -144,7 +144,7 @@ def test_folder_without_metrics_is_refused(tmp_path: Path, content: str | None) 
     [
         (
             {"recipe": "other"},
-            "is a run of 'other', and only those of bilstm, minilm, shared-projections have a report",
+            "is a run of 'other', and only those of bilstm, minilm, mtdnn, shared-projections have a report",
         ),
         ({"task": {}}, "lacks what the report of bilstm shows (KeyError: 'train'); continue the run with this version"),
         ({"models": []}, "lacks what the report of bilstm shows"),

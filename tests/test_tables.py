@@ -46,7 +46,7 @@ def test_evaluate_table_joins_its_files_and_measures_the_gap(tmp_path: Path) -> 
     (tmp_path / "students.json").unlink()
     missing = tables["fill"](tmp_path / "page.md", filled)
     assert "Not measured yet." in missing and "90.0" not in missing
-    with pytest.raises(ValueError, match="a table is one of speed, .*, measured_scaling, got 'evaluated'"):
+    with pytest.raises(ValueError, match="a table is one of speed, .*, teacher_cache, got 'evaluated'"):
         tables["fill"](tmp_path / "page.md", page.replace("evaluate ", "evaluated "))
 
 

@@ -10,6 +10,7 @@
 # with their defaults:
 #   STEPS=400   of each arm
 #   WIDTHS="96 48"   hidden sizes
+#   TEACHER_RATE=2e-4   learning rate of the teacher's encoder and tables; the rest trains at 2e-3
 #   ARMS="no_kd dual down up"
 #   SEEDS="1 2 3"   of each fine-tuning
 #   PYDISTILL=pydistill   the command
@@ -36,7 +37,7 @@ train() {
   "${pydistill[@]}" run shared-projections --resume --output "$output/$name" --teacher.model "$teacher" \
     --corpus.files "$data/corpus/books.txt" --corpus.max_length 64 --corpus.held_out 60 \
     --evaluation_corpus.files "$data/corpus/wikitext2.valid.txt" --evaluation_texts 1000 \
-    --teacher.learning_rate 2e-4 --student.hidden_size "$width" --arms "$@" \
+    --teacher.learning_rate "${TEACHER_RATE:-2e-4}" --student.hidden_size "$width" --arms "$@" \
     --train.max_steps "$steps" --train.learning_rate "$rate" --train.per_device_train_batch_size 32 \
     --train.warmup_steps 0.05 --train.logging_steps 50 --train.save_steps 100 --train.bf16 true ${run_args[@]+"${run_args[@]}"}
   for arm in "$@"; do
