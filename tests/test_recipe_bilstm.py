@@ -339,5 +339,7 @@ def test_the_teacher_is_asked_in_the_arithmetic_that_is_wanted(shared: Path) -> 
 
 
 def test_unknown_recipe_key_is_refused(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="recipe: must be one of bilstm, minilm, mtdnn, shared-projections, got 'bilstmm'"):
+    with pytest.raises(
+        UserError, match="recipe: must be one of bilstm, minilm, mtdnn, shared-projections, got 'bilstmm'"
+    ):
         run("bilstm", settings(shared, tmp_path, recipe="bilstmm"))

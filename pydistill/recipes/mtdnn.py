@@ -556,6 +556,11 @@ class _Run:
             if config.fine_tune is not None and arm != "single":
                 models.append({"name": f"{arm}, fine-tuned", "tasks": self._scores(arm, tuned=True)})
         curves = {arm: self._curves(arm) for arm in config.arms if arm != "single"}
+        # What the stages made is the same for all processes, what they timed is not: one of them says it.
+        return once(lambda: self._results(models, curves))
+
+    def _results(self, models: Sequence[Mapping[str, Any]], curves: Mapping[str, Any]) -> dict[str, Any]:
+        plan, config = self.plan, self.config
         any_folder = self._folders(config.arms[-1], config.seeds[0])[next(iter(config.tasks))]
         model = AutoModelForSequenceClassification.from_pretrained(any_folder)
         results = {
@@ -564,7 +569,7 @@ class _Run:
             "taught": config.taught,
             "rows": {name: task.counts for name, task in plan.tasks.items()},
             "parameters": sum(tensor.numel() for tensor in model.parameters()),
-            "models": [model | {"average": _average(model["tasks"])} for model in models],
+            "models": [dict(model) | {"average": _average(model["tasks"])} for model in models],
             "curves": curves,
             "student": str(any_folder.relative_to(plan.output)),
             "example": self._example(),
@@ -573,7 +578,7 @@ class _Run:
             "environment": _dispatch.environment(),
             "plan": str(plan),
         }
-        once(lambda: finish(plan.output, results, page, config.arms[-1]))
+        finish(plan.output, results, page, config.arms[-1])
         return results
 
     # ---- data
