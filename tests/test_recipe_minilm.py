@@ -245,7 +245,7 @@ def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
         ({"corpus__files": ["none.txt"]}, "none.txt: there is no such file"),
         ({"corpus__held_out": 1000}, "no text is held out with held_out 1000"),
         ({"train__max_steps": -1}, "train.max_steps: the corpus is read as an endless stream"),
-        ({"train__fsdp": True}, "train (student): fsdp: each process of a recipe holds the whole student"),
+        ({"train__fsdp": "full_shard"}, "train (student): fsdp: each process of a recipe holds the whole student"),
         ({"student__initialization": "layers", "student__layers": 4, "teacher__layer": 2}, "from 1 to the teacher's 3"),
         ({"teacher__model": "./none"}, "teacher.model: ./none: there is no such folder"),
     ],
