@@ -206,8 +206,10 @@ def draw_falls(models: Sequence[Mapping[str, Any]], colours: Sequence[str], titl
         left.annotate("", (after, place), (before, place), arrowprops=arrow)
         left.plot(before, place, "o", color="white", markeredgecolor=colour, markeredgewidth=1.5, markersize=8)
         left.plot(after, place, "o", color=colour, markersize=8)
-        for value in (before, after):
-            left.annotate(f"{value:.3f}", (value, place), (0, 9), textcoords="offset points", ha="center")
+        # Outwards, or two numbers that are close would be written over each other.
+        for value, other in ((before, after), (after, before)):
+            side = "left" if value >= other else "right"
+            left.annotate(f"{value:.3f}", (value, place), (0, 9), textcoords="offset points", ha=side)
     names = [f"{model['name']}\n{model['layers']} x {model['hidden_size']}" for model in models]
     left.set_yticks(range(len(models)), names)
     left.set_ylim(len(models) - 0.5, -0.7)
