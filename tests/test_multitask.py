@@ -360,11 +360,11 @@ def test_loss_of_classes():
 def test_loss_of_scores():
     torch.manual_seed(0)
     logits, labels = torch.randn(5, 1), torch.randn(5)
-    term = TaskLoss({"score": "regression"})
+    term = TaskLoss({"score": "regression"}, hard_weight=0.3)
     batch: dict[str, Any] = {"task": "score", "labels": labels}
     torch.testing.assert_close(term({"logits": logits}, {}, batch), F.mse_loss(logits[:, 0], labels))
     batch["teacher_logits"] = torch.randn(5, 1)
-    expected = 0.5 * (F.mse_loss(logits[:, 0], labels) + F.mse_loss(logits, batch["teacher_logits"]))
+    expected = 0.3 * F.mse_loss(logits[:, 0], labels) + 0.7 * F.mse_loss(logits, batch["teacher_logits"])
     torch.testing.assert_close(term({"logits": logits}, {}, batch), expected)
 
 
