@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,6 +155,9 @@ def plan_bilstm(config: RunConfig, *, resume: bool, overwrite: bool, dry_run: bo
     collect(problems, check_output, config, output, resume, overwrite, sources_of(config))
     check_packages(config)  # first and alone: what is read from them would only fail in its turn
     task = collect(problems, load_task, config.data)
+    if task is not None and task.test_is_dev:
+        note = "dev also selects which evaluation is kept, so its numbers are optimistic"
+        task = replace(task, notes=(*task.notes, note))
     if task is not None and resume:
         collect(problems, check_same_rows, task, output)
     teacher = collect(problems, resolve_model, config.teacher.model, "teacher.model")

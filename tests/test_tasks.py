@@ -98,7 +98,7 @@ def test_last_rows_can_be_held_out(tmp_path: Path) -> None:
     train = write(tmp_path, "train.tsv", [(f"row {number}", number % 2) for number in range(10)])
     task = load(train=train, dev_rows=2, split="last")
     assert task.splits["dev"]["sentence"][:] == ["row 8", "row 9"]
-    assert any("also selects" in note for note in task.notes)
+    assert any("numbers are on dev" in note for note in task.notes)
 
 
 def test_filter_and_pairs(tmp_path: Path) -> None:

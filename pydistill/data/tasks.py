@@ -87,7 +87,7 @@ def load_task(config: DataConfig, *, scores: bool = False) -> Task:
     test_is_dev = "test" not in frames
     if test_is_dev:
         frames["test"] = frames["dev"]
-        notes.append("no test rows are given: the reported numbers are on dev, which also selects the evaluation")
+        notes.append("no test rows are given: the reported numbers are on dev")
     if config.max_train_rows is not None:
         frames["train"] = frames["train"].head(config.max_train_rows)
     missing = sorted(set(range(len(label_names))) - set(frames["train"]["labels"]))

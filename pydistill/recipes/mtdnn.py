@@ -555,7 +555,7 @@ class _Run:
             models.append({"name": arm, "tasks": self._scores(arm)})
             if config.fine_tune is not None and arm != "single":
                 models.append({"name": f"{arm}, fine-tuned", "tasks": self._scores(arm, tuned=True)})
-        curves = {arm: self._curves(arm) for arm in config.arms if arm != "single"}
+        curves: dict[str, Any] = {arm: self._curves(arm) for arm in config.arms if arm != "single"}
         # What the stages made is the same for all processes, what they timed is not: one of them says it.
         return once(lambda: self._results(models, curves))
 
