@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pydistill.config import DataConfig
-from pydistill.data.tasks import DataError, Task, load_task
+from pydistill.data.tasks import DataError, Task, example_row, load_task
 
 ROWS = [
     ("a good film", "pos"),
@@ -216,3 +216,10 @@ def test_real_files(name: str, keys: dict[str, Any], train: int, classes: int) -
         pytest.skip(f"no data folder {folder}; set PYDISTILL_DATA")
     task = load(**keys | {"train": str(folder / "train.tsv"), "dev": str(folder / "dev.tsv")})
     assert task.counts["train"] == train and len(task.label_names) == classes
+
+
+def test_the_row_to_show_is_short_and_needs_no_quoting() -> None:
+    long, quoted, short = ("one " * 40,), ("it's not for a shell",), ("a fine film it is",)
+    assert example_row([long, quoted, short]) == short
+    assert example_row([long, quoted]) == long
+    assert example_row([(*short, *long), (*short, *short)]) == (*short, *short)

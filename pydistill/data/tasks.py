@@ -109,6 +109,13 @@ def load_task(config: DataConfig, *, scores: bool = False) -> Task:
     return Task(splits, tuple(config.text_columns), label_names, tuple(notes), named, test_is_dev, counts)
 
 
+def example_row(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the texts of a row to show: a short one, free of what a shell would need quoted, if there is one."""
+    short = [row for row in rows if 4 <= max(len(text.split()) for text in row) <= 12]
+    plain = (row for row in short if not set("'\"\\$`!") & set("".join(row)))
+    return next(plain, rows[0])
+
+
 def _read(source: str, config: DataConfig, split: str) -> tuple[pandas.DataFrame, list[str] | None]:
     """Return the rows of one source, text as ``str``, and the class names if the source itself knows them."""
     if source.startswith("hub:"):

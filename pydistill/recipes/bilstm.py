@@ -38,6 +38,7 @@ from pydistill import SoftTarget, _dispatch
 from pydistill.cache import TeacherCache, TeacherCacheError, record_logits, with_logits
 from pydistill.config import Arm, OptimizerSection
 from pydistill.data.augment import AugmentConfig, augment_dataset
+from pydistill.data.tasks import example_row
 from pydistill.distiller import Distiller
 from pydistill.inference import predict_logits
 from pydistill.metrics import classification_metrics
@@ -454,7 +455,7 @@ def _evaluate(
         "metric": config.metric,
         "split": split,
         "task": task.counts
-        | {"labels": list(task.label_names), "notes": list(task.notes), "example": list(_example(rows[split]))},
+        | {"labels": list(task.label_names), "notes": list(task.notes), "example": list(example_row(rows[split]))},
         "models": models,
         "stages": stages.done,
         "measured": (
@@ -468,13 +469,6 @@ def _evaluate(
 
 def _texts(rows: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
     return list(zip(*(rows[column][:] for column in columns), strict=True))
-
-
-def _example(rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """Return a row that is short, and free of what a shell would need quoted."""
-    short = [row for row in rows if 4 <= max(len(text.split()) for text in row) <= 12]
-    plain = (row for row in short if not set("'\"\\$`!") & set("".join(row)))
-    return next(plain, rows[0])
 
 
 def _write_card(plan: Plan, folder: Path, arm: str, record: Mapping[str, Any], split: str) -> None:

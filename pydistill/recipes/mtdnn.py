@@ -35,7 +35,7 @@ from pydistill import _dispatch
 from pydistill.cache import TeacherCache, record_logits
 from pydistill.capture import LOGITS
 from pydistill.config import BaseRun, DataConfig, Distinct, OneOrMore, Section, TaskName, TrainBlock
-from pydistill.data.tasks import Task, load_task
+from pydistill.data.tasks import Task, example_row, load_task
 from pydistill.distiller import Distiller
 from pydistill.evaluate import SCORE_METRICS
 from pydistill.inference import class_names, load_tokenizer, predict_logits
@@ -594,8 +594,8 @@ class _Run:
     def _example(self) -> dict[str, Any]:
         """A held-out row to try."""
         name, task = next(iter(self.plan.tasks.items()))
-        row = task.splits["dev"][0]
-        return {"task": name, "texts": [row[column] for column in task.text_columns]}
+        columns = [task.splits["dev"][column][:] for column in task.text_columns]
+        return {"task": name, "texts": list(example_row(list(zip(*columns, strict=True))))}
 
     # ---- stages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +61,18 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     for model in results["models"]:
         scores = {name: [100 * value for value in _values(one)] for name, one in model["tasks"].items()}
         cells = [mean_and_spread(scores[name]) if name in scores else "" for name in tasks]
-        means = {name: statistics.fmean(values) for name, values in scores.items()}
         groups = [tasks, taught, [name for name in tasks if name not in taught]]
         averages = [
-            f"{statistics.fmean(means[name] for name in group):.1f}" if all(name in means for name in group) else ""
+            f"{_average(model, group):.1f}" if all(name in scores for name in group) else ""
             for group in groups[: 3 if apart else 1]
         ]
         rows.append([title(model["name"]), *cells, *averages])
     return rows
+
+
+def _average(model: Mapping[str, Any], tasks: Iterable[str]) -> float:
+    """The mean over tasks of the means over seeds, times 100."""
+    return statistics.fmean(100 * statistics.fmean(_values(model["tasks"][name])) for name in tasks)
 
 
 def _values(entry: Mapping[str, Any]) -> list[float]:
@@ -80,8 +84,8 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lead(results: Mapping[str, Any]) -> str:
-    averages = {model["name"]: 100 * model["average"] for model in results["models"] if model["name"] != "teachers"}
-    said = ", ".join(f"{title(name)} {value:.1f}" for name, value in averages.items())
+    students = [model for model in results["models"] if model["name"] != "teachers"]
+    said = ", ".join(f"{title(model['name'])} {_average(model, model['tasks']):.1f}" for model in students)
     taught = ", ".join(results["taught"])
     return f"Average over the tasks: {said}.{f' Tasks with a teacher: {taught}.' if taught else ''}"
 
