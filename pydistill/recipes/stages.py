@@ -83,15 +83,19 @@ class Stages:
         """
         final = self.output / name
         found = final / STAGE_FILE
+        hands = 1 if alone else processes().num_processes
         record = once(lambda: json.loads(found.read_text(encoding="utf-8")) if self.has(name) else None)
         if record is not None:
-            say(f"[{name}] kept from before")
+            # Each process has batches of its own: a training by another number of them had steps of another size.
+            other = "" if record["processes"] == hands else f", made by {record['processes']} processes, not {hands}"
+            say(f"[{name}] kept from before{other}")
         else:
             say(f"[{name}] {what}")
             with self._building(name) as folder:
                 start = time.perf_counter()
                 rows = once(lambda: make(folder)) if alone else make(folder)
-                taken = {"name": name, "seconds": round(time.perf_counter() - start, 2), "rows": rows}
+                seconds = round(time.perf_counter() - start, 2)
+                taken = {"name": name, "seconds": seconds, "rows": rows, "processes": hands}
                 record = once(lambda: self._publish(folder, final, taken))
             say(f"[{name}] {record['seconds']:.1f} s")
         self.done.append(record)
