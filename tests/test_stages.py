@@ -21,9 +21,9 @@ def test_a_stage_is_built_once_and_says_by_how_many_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patched:
-        # What the recipe asks of its processes, of two.
-        one = SimpleNamespace(num_processes=2, is_main_process=True, wait_for_everyone=lambda: None)
-        patched.setattr(stages, "processes", lambda: one)
+        # The first of two processes, as far as stages ask.
+        first = SimpleNamespace(num_processes=2, is_main_process=True, wait_for_everyone=lambda: None)
+        patched.setattr(stages, "processes", lambda: first)
         Stages(tmp_path).build("student", make, "train")
         Stages(tmp_path).build("rows", make, "cut", alone=True)
     capsys.readouterr()

@@ -99,6 +99,7 @@ def test_last_rows_can_be_held_out(tmp_path: Path) -> None:
     task = load(train=train, dev_rows=2, split="last")
     assert task.splits["dev"]["sentence"][:] == ["row 8", "row 9"]
     assert any("numbers are on dev" in note for note in task.notes)
+    assert not any("selects" in note for note in task.notes)  # a recipe that does so says it
 
 
 def test_filter_and_pairs(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,16 +63,14 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
         cells = [mean_and_spread(scores[name]) if name in scores else "" for name in tasks]
         groups = [tasks, taught, [name for name in tasks if name not in taught]]
         averages = [
-            f"{_average(model, group):.1f}" if all(name in scores for name in group) else ""
+            # As the results' own average is made: the same numbers round alike wherever they are said.
+            f"{100 * statistics.fmean(model['tasks'][name]['mean'] for name in group):.1f}"
+            if all(name in scores for name in group)
+            else ""
             for group in groups[: 3 if apart else 1]
         ]
         rows.append([title(model["name"]), *cells, *averages])
     return rows
-
-
-def _average(model: Mapping[str, Any], tasks: Iterable[str]) -> float:
-    """The mean over tasks of the means over seeds, times 100."""
-    return statistics.fmean(100 * statistics.fmean(_values(model["tasks"][name])) for name in tasks)
 
 
 def _values(entry: Mapping[str, Any]) -> list[float]:
@@ -84,8 +82,8 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _lead(results: Mapping[str, Any]) -> str:
-    students = [model for model in results["models"] if model["name"] != "teachers"]
-    said = ", ".join(f"{title(model['name'])} {_average(model, model['tasks']):.1f}" for model in students)
+    averages = {model["name"]: 100 * model["average"] for model in results["models"] if model["name"] != "teachers"}
+    said = ", ".join(f"{title(name)} {value:.1f}" for name, value in averages.items())
     taught = ", ".join(results["taught"])
     return f"Average over the tasks: {said}.{f' Tasks with a teacher: {taught}.' if taught else ''}"
 

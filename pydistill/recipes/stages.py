@@ -87,7 +87,9 @@ class Stages:
         record = once(lambda: json.loads(found.read_text(encoding="utf-8")) if self.has(name) else None)
         if record is not None:
             # Each process has batches of its own: a training by another number of them had steps of another size.
-            other = "" if record["processes"] == hands else f", made by {record['processes']} processes, not {hands}"
+            # A run of an older version does not say how many.
+            made = record.get("processes", hands)
+            other = "" if made == hands else f", made by {made} processes, not {hands}"
             say(f"[{name}] kept from before{other}")
         else:
             say(f"[{name}] {what}")
