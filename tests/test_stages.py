@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import in_a_new_process
 
 from pydistill.recipes import stages
 from pydistill.recipes.stages import Stages
@@ -36,3 +37,40 @@ def test_a_stage_is_built_once_and_says_by_how_many_processes(
         "[rows] kept from before",
     ]
     assert [record["rows"] for record in again.done] == [3, 3]
+
+
+def test_two_runs_do_not_build_the_same_stage(tmp_path: Path) -> None:
+    """The other run, in a process of its own, comes while the first is at work; another stage it may build."""
+    other = f"""
+from pathlib import Path
+from pydistill.recipes.stages import StageError, Stages
+found = Stages(Path({str(tmp_path)!r}))
+found.build("other", lambda folder: 1, "train")
+try:
+    found.build("student", lambda folder: 1, "train")
+except StageError as error:
+    print(error)
+"""
+
+    def slowly(folder: Path) -> int:
+        (folder / "half").write_text("mine", encoding="utf-8")
+        printed = in_a_new_process(["-c", other])
+        assert f"{tmp_path / 'student'} is being built by another run in the same folder" in printed
+        assert "--resume" in printed
+        assert (folder / "half").read_text(encoding="utf-8") == "mine"
+        return 1
+
+    built = Stages(tmp_path)
+    built.build("student", slowly, "train")
+    assert (tmp_path / "student" / "half").is_file()
+    assert built.has("other")
+
+
+def test_a_stage_that_failed_can_be_built_again(tmp_path: Path) -> None:
+    def fail(folder: Path) -> int:
+        raise RuntimeError("the disk is full")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the disk is full"):
+            Stages(tmp_path).build("student", fail, "train")
+    Stages(tmp_path).build("student", make, "train")

@@ -7,7 +7,7 @@
 #
 # DATA holds a folder for each task: cola, sst2, mrpc, stsb, qqp_subset, snli, qnli and rte. Settings, with their defaults:
 #   SEEDS="1"   e.g. "1 2 3"
-#   EPOCHS=1   of the students and of the teachers, which go on from a student
+#   EPOCHS=2   of the students; a teacher, which goes on from a student, takes one more
 #   PYDISTILL=pydistill   the command
 #   RUN_ARGS              more --key value
 set -euo pipefail
@@ -30,7 +30,7 @@ read -ra pydistill <<<"${PYDISTILL:-pydistill}"
   --tasks.snli.data.train "$data/snli/dev.tsv" \
   --tasks.qnli.data.train "$data/qnli/dev.tsv" \
   --tasks.rte.data.train "$data/rte/train.tsv" --tasks.rte.data.dev "$data/rte/dev.tsv" \
-  --train.num_train_epochs "${EPOCHS:-1}" ${run_args[@]+"${run_args[@]}"}
+  --train.num_train_epochs "${EPOCHS:-2}" ${run_args[@]+"${run_args[@]}"}
 
 echo
 echo "The table and the picture of the page, from these numbers:"

@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pydistill.config import UserError
 from pydistill.plan import CONFIG_FILE, PlanBase, duration
 from pydistill.report import write_text
 from pydistill.trainer import last_checkpoint
@@ -29,6 +31,10 @@ STAGE_FILE = "stage.json"
 
 
 Result = TypeVar("Result")
+
+
+class StageError(UserError):
+    """A stage is being built by someone else; the message says which one and what to do."""
 
 
 def processes() -> PartialState:
@@ -79,7 +85,10 @@ class Stages:
 
         ``make`` may find its own earlier, interrupted work in ``self.scratch(name)``. Several processes carry it out
         together, as a training wants it, each in a folder of its own, of which the first one's is kept; with ``alone``
-        the first does, and the others wait.
+        the first does, and the others wait. Several runs may fill one output, as long as each builds stages of its own.
+
+        Raises:
+            StageError: another run is building this stage.
         """
         final = self.output / name
         found = final / STAGE_FILE
@@ -115,9 +124,19 @@ class Stages:
                 yield Path(folder)
             return
         building = self.scratch(f"{name}.new")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        yield building
+        building.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Goes with the process that holds it, however that ends.
+            lock = FileLock(self.scratch(f"{name}.lock")).acquire(timeout=0)
+        except Timeout:
+            raise StageError(
+                f"{self.output / name} is being built by another run in the same folder, whose work this one would "
+                "destroy. Wait for that one, then the same command with --resume goes on; or name another --output"
+            ) from None
+        with lock:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            yield building
 
     def _publish(self, building: Path, final: Path, record: dict[str, Any]) -> dict[str, Any]:
         write_text(building / STAGE_FILE, json.dumps(record))
