@@ -286,6 +286,7 @@ def cache_command(words: list[str]) -> int:
     parser.add_argument("--max-length", type=int, default=128, help="tokens per text; as the students' runs have it")
     parser.add_argument("--signals", nargs="+", default=["logits"], help="logits, hidden_states@L, queries@L, ...")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="on disk")
+    parser.add_argument("--task", help="of a teacher of several tasks: whose logits")
     parser.add_argument("--top-k", type=int, help="keep so many log-probabilities of each row of logits")
     parser.add_argument("--share", default="0/1", help="i/n: this is the i-th of n writers at the same time")
     parser.add_argument("--batch-size-tokens", type=int, default=4096, help="most tokens that run at a time")
@@ -293,9 +294,11 @@ def cache_command(words: list[str]) -> int:
     import torch
     import transformers
 
+    from pydistill import students
     from pydistill.cache import tokenized, write_cache
     from pydistill.capture import LOGITS
     from pydistill.data.corpus import TextSource, corpus_rows
+    from pydistill.inference import ModelError, select_task
     from pydistill.plan import load_model_config, quiet, resolve_model
 
     try:
@@ -304,12 +307,14 @@ def cache_command(words: list[str]) -> int:
         raise UserError(f"cache: --share must be i/n, such as 0/4, got {options.share!r}") from None
     if len(options.text_columns) > 2:
         raise UserError(f"cache: --text-columns must name one column or two, got {', '.join(options.text_columns)}")
+    if options.task is not None and LOGITS not in options.signals:
+        raise UserError(f"cache: --task says whose logits, and --signals has none, got {', '.join(options.signals)}")
     teacher = resolve_model(options.teacher, "--teacher")
     loader: Any = transformers.AutoModel
     if LOGITS in options.signals:
         # The class that the model's own configuration names: it knows what the head is for.
         (name,) = (load_model_config(teacher).architectures or [""])[:1]
-        loader = getattr(transformers, name, None)
+        loader = getattr(transformers, name, getattr(students, name, None))
         if loader is None:
             raise UserError(
                 f"cache: --teacher: {options.teacher} is of the class {name!r}, which transformers does not have; use "
@@ -317,8 +322,13 @@ def cache_command(words: list[str]) -> int:
             )
     tokenizer = _tokenizer_of("cache", options.teacher)
     texts = corpus_rows(TextSource(files=options.corpus), options.text_columns)
-    with quiet():
-        model = loader.from_pretrained(teacher, dtype=torch.float32)
+    try:
+        with quiet():
+            model = loader.from_pretrained(teacher, dtype=torch.float32)
+        if LOGITS in options.signals:
+            select_task(model.config, options.teacher, options.task)
+    except ModelError as error:
+        raise UserError(f"cache: --teacher: {error}") from None
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         done = write_cache(

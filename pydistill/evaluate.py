@@ -99,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     rows = []
     for name, source in models.items():
-        identity = {"model": name, "weights": _weights_hash(source)}
+        identity = {"model": name, "weights": _weights_hash(source), "tokenizer": _tokenizer_hash(tokenizers[name])}
         scores: dict[str, Any] = {}
         for task_name, section in config.tasks.items():
             task = tasks[task_name]
@@ -183,6 +183,13 @@ def _weights_hash(source: str) -> str | None:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest() if files else None
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of how texts are cut: before the first of them, since cutting leaves its settings in the tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _folder_name(model: str) -> str:

@@ -73,11 +73,16 @@ def load_classifier(folder: Path | str, task: str | None = None) -> tuple[PreTra
         model = AutoModelForSequenceClassification.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    _select(model.config, folder, task)
+    select_task(model.config, folder, task)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
 
 
-def _select(config: PretrainedConfig, folder: Path | str, task: str | None) -> None:
+def select_task(config: PretrainedConfig, folder: Path | str, task: str | None) -> None:
+    """Have a model of several tasks, of ``folder``, answer ``task``; None: the one that it is set to.
+
+    Raises:
+        ModelError: it has no such task, or several and is set to none; or it is of one task, and one is named.
+    """
     if not isinstance(config, MultiTaskConfig):
         if task is not None:
             raise ModelError(f"{folder}: is a model of one task; leave the task out, got {task!r}")

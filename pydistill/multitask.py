@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pydistill.losses.soft_target import soft_target_loss
 from pydistill.students.multitask import KINDS, Kind
 from pydistill.teachers import RECORDED_LOGITS
-from pydistill.trainer import DistillationCollator
+from pydistill.trainer import REPEATED, DistillationCollator
 
 Strategy = Literal["proportional", "square_root", "uniform", "capped"]
 STRATEGIES: tuple[Strategy, ...] = ("proportional", "square_root", "uniform", "capped")
@@ -47,10 +47,12 @@ class TaskMixture(Dataset[dict[str, Any]]):
             to the square roots of the tasks' sizes, ``uniform``: equally many; ``capped``: at most ``cap`` of each.
         cap: for ``capped`` alone.
         pack_once: put the same rows together in every epoch, which changes only the order of the batches (the
-            algorithm as printed); otherwise they are packed anew.
+            algorithm as printed); otherwise they are packed anew. For ``proportional`` alone: of a task that is read in
+            part, the rest would never be seen.
 
     Raises:
-        ValueError: no task, a task without rows, an unknown strategy, or a cap that is missing or not wanted.
+        ValueError: no task, a task without rows, an unknown strategy, a cap that is missing or not wanted, or
+            ``pack_once`` with a strategy that reads in part.
     """
 
     def __init__(
@@ -73,6 +75,12 @@ class TaskMixture(Dataset[dict[str, Any]]):
                 "TaskMixture",
                 f"cap must be at least 1 with strategy 'capped' and None with others, got {cap} with {strategy!r}",
             )
+        if pack_once and strategy != "proportional":
+            _fail(
+                "TaskMixture",
+                f"pack_once must be False with strategy {strategy!r}, which reads tasks in part: the rest of their "
+                "rows would never be seen",
+            )
         self.tasks = dict(tasks)
         self.pack_once = pack_once
         self.epoch = 0
@@ -84,9 +92,12 @@ class TaskMixture(Dataset[dict[str, Any]]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """The row of a task; counted on from the last one, the same rows that count nothing, see `TaskBatches`."""
+        again, index = divmod(index, len(self))
         task = int(np.searchsorted(self._starts, index, side="right")) - 1
         name = list(self.tasks)[task]
-        return dict(self.tasks[name][int(index - self._starts[task])]) | {TASK: name}
+        row = dict(self.tasks[name][int(index - self._starts[task])]) | {TASK: name}
+        return row | {REPEATED: True} if again else row
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader: batches depend on seed and epoch alone, so that a run resumes in mid-epoch."""
@@ -111,7 +122,8 @@ class TaskBatches(Sampler[list[int]]):
 
     They come in groups of ``parts``, which make one optimizer step and are of one task: the batches of all processes
     and of gradient accumulation. What is left of a task at the end of an epoch is shared out among the parts of a
-    smaller step, or, where it is fewer rows than parts, left out of this epoch.
+    smaller step. A part that gets none repeats a row, numbered from the mixture's length on, which counts nothing:
+    steps and their rows are the same however they are cut into parts.
 
     Args:
         size: rows per batch.
@@ -123,18 +135,12 @@ class TaskBatches(Sampler[list[int]]):
     def __init__(self, mixture: TaskMixture, size: int, parts: int, seed: int, *, by_length: bool = False) -> None:
         self.mixture, self.size, self.parts, self.seed = mixture, size, parts, seed
         self.lengths = {name: _lengths(rows) for name, rows in mixture.tasks.items()} if by_length else None
-        if not len(self):
-            _fail(
-                "TaskBatches",
-                f"no task has as many rows as a step has batches ({parts}): take fewer processes or accumulate less",
-            )
 
     def __len__(self) -> int:
         return self.parts * sum(self._steps(rows) for rows in self.mixture.rows_per_epoch.values())
 
     def _steps(self, rows: int) -> int:
-        whole, rest = divmod(rows, self.size * self.parts)
-        return whole + (rest >= self.parts)
+        return -(-rows // (self.size * self.parts))
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.mixture.epoch
@@ -150,8 +156,9 @@ class TaskBatches(Sampler[list[int]]):
             steps += [(number, rows[step * each : (step + 1) * each]) for step in range(self._steps(count))]
         for index in np.random.default_rng([self.seed, epoch]).permutation(len(steps)):
             number, rows = steps[index]
-            for part in np.array_split(rows + self.mixture._starts[number], self.parts):
-                yield part.tolist()
+            rows = rows + self.mixture._starts[number]
+            for part in np.array_split(rows, self.parts):
+                yield part.tolist() or [int(rows[0]) + len(self.mixture)]
 
     def _stream(self, number: int, name: str, start: int, count: int) -> np.ndarray:
         """``count`` rows of a task, from place ``start`` of its endless sequence of permutations."""
@@ -194,7 +201,8 @@ class TaskCollator:
                 "TaskCollator",
                 f"a batch must hold rows of one task, got {', '.join(names)}; read them with TaskMixture.batches",
             )
-        batch: dict[str, Any] = {}
+        batch: dict[str, Any] = {REPEATED: True} if rows[0].get(REPEATED) else {}
+        rows = [{name: value for name, value in row.items() if name != REPEATED} for row in rows]
         if _is_group(rows[0]["input_ids"]):
             sizes = [len(row["input_ids"]) for row in rows]
             batch[CANDIDATES] = _places(sizes)
@@ -245,7 +253,7 @@ class TaskLoss(nn.Module):
     weight = 1.0
     student_signals = frozenset({"logits"})
     teacher_signals: frozenset[str] = frozenset()
-    batch_keys = frozenset({TASK, CANDIDATES, RECORDED_LOGITS})
+    batch_keys = frozenset({TASK, CANDIDATES, RECORDED_LOGITS, REPEATED})
 
     def __init__(self, kinds: Mapping[str, Kind], *, hard_weight: float | Mapping[str, float] = 0.5) -> None:
         super().__init__()

@@ -39,6 +39,8 @@ OBJECTIVE_WEIGHTS = "objective.safetensors"
 TRAINING_ARGUMENTS = "training_args.bin"
 TRAINER_STATE = "trainer_state.json"
 STUDENT_PREFIX = "student."
+# A training batch with this key holds rows that another batch of its step has: it takes part and counts nothing.
+REPEATED = "repeated"
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,8 @@ class DistillationTrainer(Trainer):
 
     def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Leave out of a pass's last batch the rows that accelerate repeats so that all processes have as many."""
+        if batch.pop(REPEATED, False):
+            return _Repeated(batch)
         state = self.accelerator.gradient_state
         if self.args.world_size <= 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
             return batch
@@ -541,7 +545,7 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 
 
 class _Repeated(dict[str, Any]):
-    """A batch of rows that other processes have: it takes part in the step, as all must, and counts nothing."""
+    """A batch of rows that other batches of its step have: it takes part, as all must, and counts nothing."""
 
 
 def _rows_of_last_batch(loader: Any, size: int) -> int:

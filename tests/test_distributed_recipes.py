@@ -12,6 +12,7 @@ import test_recipe_minilm
 import test_recipe_mtdnn
 import test_recipe_shared_projections
 import torch
+from distributed import several_tasks
 from processes import launch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -116,3 +117,14 @@ def test_every_line_is_printed_once(recipes: Path) -> None:
     assert printed.count("[mtdnn/seed1] train on 2 tasks") == 2  # begun twice
     assert printed.count("[targets/second] 1 teacher labels") == 1
     assert printed.count("report:") == len(STUDENTS)
+
+
+def test_several_tasks_in_several_processes(tmp_path: Path) -> None:
+    """A task with fewer rows than processes is trained as in one process; an answer module leaves no process waiting;
+    and the others wait for the first for longer than a collective operation would."""
+    launch(2, "distributed.several_tasks", str(tmp_path))
+    expected = several_tasks.train(tmp_path / "alone", several_tasks.UNEVEN, several_tasks.UNEVEN_SIZES, 1)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"of-{rank}.pt")
+        assert found["said"] == "done"
+        torch.testing.assert_close(found["weights"], dict(expected), rtol=1e-5, atol=1e-6)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertForMaskedLM,
     BertModel,
     DistilBertConfig,
     ElectraConfig,
@@ -180,15 +180,38 @@ def test_heads_run_on_masked_pieces_alone() -> None:
     assert seen == [(int(count), width) for count, width in zip(counts, (8, 16, 16), strict=True)]
 
 
-def test_the_head_of_a_masked_language_model_is_kept() -> None:
+OF_DISTILBERT: dict[str, Any] = {
+    "vocab_size": TEACHER,
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 32,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**SIZES, hidden_act="relu"),
+        DistilBertConfig(**OF_DISTILBERT, initializer_range=0.2, activation="relu"),
+        # Its layers have another activation than its head.
+        ElectraConfig(**SIZES, embedding_size=12, hidden_act="relu"),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_head_of_a_masked_language_model_is_kept(config: Any) -> None:
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).eval()
-    torch.nn.init.normal_(model.cls.predictions.bias)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    # As they are made, norms and biases do nothing.
+    for name, value in model.named_parameters():
+        if value.dim() == 1:
+            torch.nn.init.normal_(value, mean=float("norm" in name.lower()), std=0.5)
     inputs = batch(mixing=0.0)
     mask, labels = inputs["teacher_attention_mask"], inputs["teacher_labels"]
     expected = model(inputs["teacher_input_ids"], attention_mask=mask, labels=labels).loss
     teacher = teacher_of(model)
-    assert not teacher.new_head and teacher_of().new_head
+    assert not teacher.new_head and teacher_of(copy.deepcopy(model.base_model)).new_head
     hidden = teacher(inputs["teacher_input_ids"], mask, inputs["teacher_vocabulary"])[-1]
     loss = teacher.loss(hidden, labels, inputs["teacher_vocabulary"]) / (labels != IGNORED).sum()
     torch.testing.assert_close(loss, expected)
@@ -206,7 +229,7 @@ def test_a_new_head_is_seeded_and_leaves_the_random_state_alone() -> None:
     "config",
     [
         ElectraConfig(**SIZES | {"embedding_size": 12}),
-        DistilBertConfig(vocab_size=TEACHER, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=64),
+        DistilBertConfig(**OF_DISTILBERT),
     ],
     ids=lambda config: config.model_type,
 )
@@ -291,10 +314,7 @@ def test_both_predict_the_next_sentence(alone: bool) -> None:
 
 
 def test_next_sentences_need_token_types() -> None:
-    config = DistilBertConfig(
-        vocab_size=TEACHER, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=64
-    )
-    teacher = teacher_of(AutoModel.from_config(config))
+    teacher = teacher_of(AutoModel.from_config(DistilBertConfig(**OF_DISTILBERT)))
     with pytest.raises(ValueError, match="next_sentence: distilbert does not tell two texts of a row apart"):
         DualTraining(student_of(teacher), teacher, next_sentence=True)
 

@@ -128,6 +128,41 @@ def test_finished_seeds_are_kept_and_changed_settings_done_again(
     assert len(calls) == 11
 
 
+def test_another_tokenizer_is_another_model(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def fine_tune(source: str, tokenizer: Any, *_: Any) -> Any:
+        calls.append(source)
+        tokenizer("cutting leaves its settings behind", truncation=True, max_length=4)
+        return dict.fromkeys(("matthews", *module.SCORE_METRICS), 0.5)
+
+    monkeypatch.setattr(module, "_fine_tune", fine_tune)
+    tokenizer = AutoTokenizer.from_pretrained(shared / "encoder")
+    tokenizer.save_pretrained(tmp_path / "same")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    keys: dict[str, Any] = {"output": tmp_path / "out", "seeds": [1]}
+    for name, expected in ((None, 2), ("same", 2), ("other", 4), ("other", 4), ("same", 6)):
+        evaluate(load(shared, **keys, tokenizer=None if name is None else str(tmp_path / name)))
+        assert len(calls) == expected
+    # Replaced in its folder.
+    tokenizer.save_pretrained(tmp_path / "same")
+    evaluate(load(shared, **keys, tokenizer=str(tmp_path / "same")))
+    assert len(calls) == 8
+
+
+def test_a_tokenizer_without_a_backend_is_known_by_its_vocabulary() -> None:
+    class Tokenizer:
+        def __init__(self, *pieces: str) -> None:
+            self.pieces = pieces
+
+        def get_vocab(self) -> dict[str, int]:
+            return {piece: index for index, piece in enumerate(self.pieces)}
+
+    one, other = (module._tokenizer_hash(Tokenizer(*pieces)) for pieces in ("ab", "ba"))  # type: ignore[arg-type]
+    assert one == module._tokenizer_hash(Tokenizer("a", "b")) != other  # type: ignore[arg-type]
+
+
 def test_a_table_of_several_models(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fine_tune(source: str, tokenizer: Any, task: Any, *_: Any) -> Any:
         return dict.fromkeys(

@@ -25,6 +25,7 @@ from pydistill.data.mixed_vocab import (
     Mixing,
     Segmenter,
     Side,
+    count_words,
     example,
 )
 from pydistill.data.vocabulary import VocabularyError, split_words, train_vocabulary
@@ -246,6 +247,16 @@ def test_batches_are_padded_rows() -> None:
                 assert line.dtype == torch.int64 and len(line) % 8 == 0
                 assert line[: len(side.input_ids)].tolist() == expected[name].tolist()
                 assert set(line[len(side.input_ids) :].tolist()) <= {fill}
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_words_of_a_batch_are_those_that_have_room_in_its_rows(pairs: bool) -> None:
+    batch = MixedVocabularyCollator(segmenter(max_length=16), next_sentence=pairs)(
+        [{"text": text, "index": index} for index, text in enumerate([*SENTENCES, "", "the the"])]
+    )
+    for prefix in ("", "teacher_"):
+        rows = batch[f"{prefix}word_ids"].tolist()
+        assert count_words(batch) == sum(len(set(row) - {NO_WORD}) for row in rows)
 
 
 def test_segmentation_is_fast() -> None:

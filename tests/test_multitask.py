@@ -248,26 +248,41 @@ def test_pack_once_keeps_the_neighbours():
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_the_parts_of_a_step_are_of_one_task(parts: int):
-    """Processes and accumulation: batches come in groups of parts, none of them empty."""
+    """Processes and accumulation: batches come in groups of parts; one without rows repeats one that does not count."""
     mixture = TaskMixture({"one": rows(10), "two": rows(25), "three": rows(parts - 1)})
     batches = epoch_of(mixture, 0, parts=parts)
     assert len(batches) == len(mixture.batches(4, parts, seed=7))
     assert len(batches) % parts == 0
+    repeated = []
     for start in range(0, len(batches), parts):
         group = batches[start : start + parts]
         assert len({mixture[index]["task"] for batch in group for index in batch}) == 1
         sizes = [len(batch) for batch in group]
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
-    seen = Counter(mixture[index]["task"] for batch in batches for index in batch)
-    assert seen["three"] == 0  # fewer rows than parts
-    assert seen["one"] > 10 - parts
-    assert seen["two"] > 25 - parts
+        repeated += [batch for batch in group if "repeated" in mixture[batch[0]]]
+    assert all(len(batch) == 1 and batch[0] >= len(mixture) for batch in repeated)
+    counted = [index for batch in batches if batch not in repeated for index in batch]
+    assert sorted(counted) == list(range(len(mixture)))
+    assert "three" in {mixture[batch[0]]["task"] for batch in repeated}
+
+
+def test_a_step_has_the_same_rows_however_it_is_cut():
+    mixture = TaskMixture({"one": rows(33), "two": rows(17), "three": rows(2)})
+
+    def steps(size: int, parts: int) -> list[list[int]]:
+        batches = epoch_of(mixture, 1, size, parts)
+        return [
+            sorted(index for batch in batches[start : start + parts] for index in batch if index < len(mixture))
+            for start in range(0, len(batches), parts)
+        ]
+
+    assert steps(8, 1) == steps(4, 2) == steps(2, 4) == steps(1, 8)
 
 
 def test_processes_read_the_same_task_at_every_step():
     """As accelerate hands the batches out, with two of each process to a step."""
-    mixture = TaskMixture({"one": rows(30), "two": rows(53), "three": rows(7)})
+    mixture = TaskMixture({"one": rows(30), "two": rows(53), "three": rows(7), "four": rows(1)})
     batches = mixture.batches(4, parts=4, seed=7)
     shards = [list(BatchSamplerShard(batches, num_processes=2, process_index=rank)) for rank in range(2)]
     assert len(shards[0]) == len(shards[1]) == len(batches) // 2
@@ -275,7 +290,8 @@ def test_processes_read_the_same_task_at_every_step():
     assert tasks[0] == tasks[1]
     assert tasks[0][::2] == tasks[0][1::2]
     seen = [index for shard in shards for batch in shard for index in batch]
-    assert len(seen) == len(set(seen)) == sum(map(len, batches))
+    assert sorted(index for index in seen if index < len(mixture)) == list(range(len(mixture)))
+    assert len(seen) == sum(map(len, batches))
 
 
 def test_strategies():
@@ -319,11 +335,10 @@ def test_mixture_refuses():
         ({"tasks": {"one": rows(3)}, "strategy": "random"}, "strategy must be one of"),
         ({"tasks": {"one": rows(3)}, "strategy": "capped"}, "cap must be at least 1"),
         ({"tasks": {"one": rows(3)}, "cap": 3}, "None with others"),
+        ({"tasks": {"one": rows(3)}, "strategy": "uniform", "pack_once": True}, "pack_once must be False"),
     ):
         with pytest.raises(ValueError, match=message):
             TaskMixture(**arguments)
-    with pytest.raises(ValueError, match="take fewer processes"):
-        TaskMixture({"one": rows(3)}).batches(2, 4, seed=0)
 
 
 def test_collated_candidates():
@@ -414,11 +429,11 @@ def labelled(count: int, kind: str, seed: int) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def trainer_of(folder: Path, **options: Any) -> DistillationTrainer:
+def trainer_of(folder: Path, scores: int = 32, **options: Any) -> DistillationTrainer:
     tasks = {"kind": task_settings(labels=["low", "high"]), "score": task_settings("regression")}
     kinds = {name: settings["kind"] for name, settings in tasks.items()}
     model = MultiTaskModel.from_encoder(tiny_bert(3), tasks, seed=1)
-    mixture = TaskMixture({"kind": labelled(48, "classification", 0), "score": labelled(32, "regression", 1)})
+    mixture = TaskMixture({"kind": labelled(48, "classification", 0), "score": labelled(scores, "regression", 1)})
     settings = {"num_train_epochs": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 5}
     settings |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "seed": 3} | options
     return DistillationTrainer(
@@ -459,14 +474,18 @@ def test_training_resumes_in_mid_epoch_to_the_bit(tmp_path: Path):
         assert torch.equal(value, weights(resumed)[name]), name
 
 
-def test_accumulation_is_one_large_batch(tmp_path: Path):
-    """The micro-batches of a step are of one task, and each row counts the same: 4 x 2 is 8 x 1."""
+@pytest.mark.parametrize("scores", [32, 19, 3])
+def test_accumulation_is_one_large_batch(tmp_path: Path, scores: int):
+    """The micro-batches of a step are of one task, and each row counts the same: 4 x 2 and 1 x 8 are 8 x 1, with a
+    rest of 3 rows in a step, too."""
     # Plain gradient descent: Adam makes steps of one size of gradients that are nothing but rounding.
-    options = {"max_steps": 10, "optim": "sgd", "learning_rate": 0.05}
-    large = trainer_of(tmp_path / "large", **options)
-    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    small_ones = trainer_of(tmp_path / "small", **options)
+    options = {"num_train_epochs": 2, "optim": "sgd", "learning_rate": 0.05}
+    large = trainer_of(tmp_path / "large", scores, **options)
     large.train()
-    small_ones.train()
-    for name, value in weights(large).items():
-        torch.testing.assert_close(value, weights(small_ones)[name], rtol=1e-4, atol=1e-5)
+    for rows_at_a_time in (2, 1):
+        options |= {"per_device_train_batch_size": rows_at_a_time, "gradient_accumulation_steps": 8 // rows_at_a_time}
+        small_ones = trainer_of(tmp_path / "small", scores, **options)
+        small_ones.train()
+        assert small_ones.state.global_step == large.state.global_step
+        for name, value in weights(large).items():
+            torch.testing.assert_close(value, weights(small_ones)[name], rtol=1e-4, atol=1e-5)

@@ -245,6 +245,11 @@ def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
         ({"corpus__files": ["none.txt"]}, "none.txt: there is no such file"),
         ({"corpus__held_out": 1000}, "no text is held out with held_out 1000"),
         ({"train__max_steps": -1}, "train.max_steps: the corpus is read as an endless stream"),
+        (
+            {"student__train__dataloader_num_workers": 2},
+            "train (student).dataloader_num_workers: the corpus is one stream, which several workers cannot share: set "
+            "it to 0 or 1, got 2",
+        ),
         ({"train__fsdp": "full_shard"}, "train (student): fsdp: each process of a recipe holds the whole student"),
         ({"student__initialization": "layers", "student__layers": 4, "teacher__layer": 2}, "from 1 to the teacher's 3"),
         ({"teacher__model": "./none"}, "teacher.model: ./none: there is no such folder"),

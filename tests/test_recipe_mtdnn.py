@@ -251,6 +251,33 @@ def test_given_teachers(shared: Path, tmp_path: Path) -> None:
         start(shared, tmp_path / "third", **more)
 
 
+def test_teachers_of_other_seeds_are_refused(shared: Path, tmp_path: Path) -> None:
+    """Those that are finished started from the model of seed 1, and the second would start from that of seed 2."""
+    start(shared, tmp_path / "run", arms=["mtdnn_kd"], tasks__second__train_teachers=2)
+    with pytest.raises(PlanError, match=r"second-2 was fine-tuned from mtdnn/seed1, and would be from mtdnn/seed2"):
+        start(shared, tmp_path / "run", True, arms=["mtdnn_kd"], tasks__second__train_teachers=2, seeds=[1, 2])
+
+
+def test_a_teacher_of_several_tasks_is_cached_by_the_command(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The logits of one of its tasks, which a run then finds."""
+    start(shared, tmp_path / "first", arms=["mtdnn"])
+    first = str(tmp_path / "first" / "mtdnn" / "seed1")
+    words = ["cache", str(tmp_path / "caches" / "second-1"), "--teacher", first, "--corpus", str(shared / "second.tsv")]
+    words += ["--text-columns", "one", "other", "--max-length", "32", "--dtype", "float32"]
+    assert main(words) == 2
+    assert "task must be one of mood, second, got None; name it with --task" in capsys.readouterr().err
+    assert main([*words, "--task", "second", "--signals", "queries@0"]) == 2
+    assert "--task says whose logits, and --signals has none, got queries@0" in capsys.readouterr().err
+    assert main([*words, "--task", "second"]) == 0
+    given = {"tasks__second__teachers": [first], "teachers__cache": str(tmp_path / "caches")}
+    files = set((tmp_path / "caches").rglob("*.safetensors"))
+    assert files
+    start(shared, tmp_path / "second", arms=["mtdnn_kd"], **given)
+    assert set((tmp_path / "caches").rglob("*.safetensors")) == files
+
+
 def test_plan_says_what_will_happen(shared: Path, tmp_path: Path) -> None:
     config = load_config(None, settings(shared, tmp_path / "run", mixing__strategy="square_root", **every_kind(shared)))
     shown = str(pydistill.plan(config))
@@ -281,9 +308,19 @@ def test_plan_says_what_will_happen(shared: Path, tmp_path: Path) -> None:
         ({"train__eval_strategy": "steps"}, "train.eval_strategy: must be no, got 'steps'"),
         ({"train__save_strategy": "best"}, "train.save_strategy: must not be best"),
         ({"train__bf16": True, "train__fp16": True}, "train:"),
+        ({"teachers__cache": "CACHES"}, "second-1 is of another teacher: that of this run is yet to be trained"),
+        (
+            {"teachers__cache": "CACHES", "tasks__mood__teachers": ["./nowhere"]},
+            "mood-1 must hold whole logits, and holds queries@0",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(shared: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    if "teachers__cache" in change:
+        change = change | {"teachers__cache": str(tmp_path)}
+        for name, signals in (("second-1", "logits"), ("mood-1", "queries@0")):
+            words = [str(tmp_path / name), "--teacher", str(shared / "encoder"), "--corpus", str(shared / "mood.tsv")]
+            assert main(["cache", *words, "--text-columns", "sentence", "--signals", signals]) == 0
     with pytest.raises(PlanError) as refused:
         start(shared, tmp_path / "run", tasks__second__train_teachers=1, **change)
     assert message in str(refused.value)
@@ -297,6 +334,7 @@ def test_what_cannot_work_is_refused(shared: Path, tmp_path: Path, change: dict[
         ({"tasks__mood__teachers": ["x"], "tasks__mood__train_teachers": 1}, "not both"),
         ({"arms": ["mtdnn"], "mixing__cap": 3}, "cap goes with strategy capped"),
         ({"arms": ["mtdnn"], "mixing__strategy": "capped"}, "cap goes with strategy capped"),
+        ({"arms": ["mtdnn"], "mixing__strategy": "uniform", "mixing__pack_once": True}, "pack_once goes with"),
         ({"arms": ["mtdnn"], "tasks__a b__data__train": "x"}, "letters, digits"),
         ({"arms": ["mtdnn"], "tasks__mood__mtric": "x"}, "did you mean tasks.NAME.metric"),
     ],
@@ -313,6 +351,34 @@ def test_queries_have_one_right_candidate() -> None:
         {"query": ["a", "b", "a", "c", "b", "d", "d"], "labels": [0, 1, 1, 1, 1, 0, 0]}
     )  # b has two right ones, c one candidate, d none that is right
     assert queries(rows, "query") == [([0, 2], 1)]
+
+
+def test_queries_are_held_out_whole(shared: Path, tmp_path: Path) -> None:
+    """Of candidates in any order, too; and a plan times as many queries as a batch has."""
+    lines = (shared / "pick.tsv").read_text().splitlines()
+    shuffled = [lines[0], *random.Random(0).sample(lines[1:], len(lines) - 1)]
+    (tmp_path / "pick.tsv").write_text("\n".join(shuffled) + "\n")
+    more = every_kind(shared) | {"tasks__pick__data__train": str(tmp_path / "pick.tsv")}
+    for dev_rows, split in ((0.2, "random"), (0.2, "last"), (25, "random"), (25, "last")):
+        more |= {"tasks__pick__data__dev_rows": dev_rows, "tasks__pick__data__split": split}
+        plan = pydistill.plan(load_config(None, settings(shared, tmp_path / "run", **more)))
+        splits = plan.tasks["pick"].splits
+        asked = {name: set(splits[name]["query"]) for name in ("train", "dev")}
+        assert not asked["train"] & asked["dev"]
+        assert {name: len(queries(splits[name], "query")) for name in asked} == {
+            name: len(found) for name, found in asked.items()
+        }
+        assert len(asked["train"] | asked["dev"]) == 50
+        if dev_rows == 0.2:
+            assert len(asked["dev"]) == 10
+        else:
+            assert 23 <= len(splits["dev"]) <= 25
+    more["tasks__pick__data__max_train_rows"] = 30
+    splits = pydistill.plan(load_config(None, settings(shared, tmp_path / "run", **more))).tasks["pick"].splits
+    assert 28 <= len(splits["train"]) <= 30
+    assert len(queries(splits["train"], "query")) == len(set(splits["train"]["query"]))
+    with pytest.raises(PlanError, match=r"data.dev_rows: 1 rows are too few: rows with the same 'query' stay together"):
+        start(shared, tmp_path / "run", **more | {"tasks__pick__data__dev_rows": 1})
 
 
 def test_the_demo_is_a_valid_configuration() -> None:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    ConvBertConfig,
+    DistilBertConfig,
+    ElectraConfig,
     TrainerCallback,
 )
 
@@ -92,6 +98,12 @@ def test_the_arms_of_the_paper_side_by_side(shared: Path, tmp_path: Path, capsys
         assert list(model["parts_after"]) == list(model["parts_before"]) == parts
         assert all(model["parts_after"][part] < model["parts_before"][part] for part in parts)
     assert len({model["loss_after"] for model in students}) == 4
+    header, *rows = shared_projections_report.table(results)
+    places = [header.index(name) for name in ("loss before", "after", "in training")]
+    for row, model in zip(rows[1:], students, strict=True):
+        logged = {entry["step"]: entry["loss_student"] for entry in model["curve"]}
+        losses = (model["loss_before"], model["loss_after"], logged[30])
+        assert [row[place] for place in places] == [f"{loss:.3f}" for loss in losses]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     pictures = {"comparison.png", "curves.png", "segmentation.png"}
     files = {"metrics.json", "segmentation.json", "config.yaml", "data.sha256", "report.html"}
@@ -122,6 +134,19 @@ class _Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@contextmanager
+def interrupted_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    trained = shared_projections.DistillationTrainer.train
+
+    def interrupted(self: Any, *arguments: Any, **options: Any) -> Any:
+        self.add_callback(_Interrupt(step))
+        return trained(self, *arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shared_projections.DistillationTrainer, "train", interrupted)
+        yield
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,16 +160,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     whole = start(shared, tmp_path / "whole", **more)
     looked_at = [entry["step"] for entry in whole["models"][1]["curve"] if "eval_loss" in entry]
     assert looked_at == [20, 40, 50]
-    trained = shared_projections.DistillationTrainer.train
-
-    def interrupted(self: Any, *arguments: Any, **options: Any) -> Any:
-        self.add_callback(_Interrupt(45))
-        return trained(self, *arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(shared_projections.DistillationTrainer, "train", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            start(shared, tmp_path / "cut", **more)
+    with interrupted_after(45, monkeypatch):
+        start(shared, tmp_path / "cut", **more)
     assert not (tmp_path / "cut" / "students").exists() and (tmp_path / "cut" / "vocabulary").exists()
     again = start(shared, tmp_path / "cut", resume=True, **more)
     first, second = (weights(tmp_path / name / "students" / "down") for name in ("whole", "cut"))
@@ -156,6 +173,19 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     added = start(shared, tmp_path / "cut", resume=True, **more)
     assert [model["name"] for model in added["models"]] == ["teacher", "down", "no_kd"]
     assert added["models"][1]["seconds"] == again["models"][1]["seconds"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_losses_are_taken_in_float32_before_and_after_a_training_in_bfloat16(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    more = {"train__bf16": True, "train__learning_rate": 0.0, "train__max_steps": 3, "train__save_steps": 2}
+    if resumed:
+        with interrupted_after(3, monkeypatch):
+            start(shared, tmp_path, **more)
+    student = start(shared, tmp_path, resume=resumed, **more)["models"][1]
+    # The training has changed nothing, and there is nothing else that they could differ by.
+    assert student["steps"] == 3 and student["parts_after"] == student["parts_before"]
 
 
 def test_the_mixing_moves_over_the_rows_of_all_steps(shared: Path, tmp_path: Path) -> None:
@@ -189,6 +219,8 @@ def test_losses_are_measured_where_asked_and_a_head_is_taken_over(shared: Path, 
     expected = shared_projections.held_out_losses(step, [batch])
     assert results["models"][1]["parts_before"] == pytest.approx(expected, rel=1e-5)
     # No line of the log was written.
+    header, *rows = shared_projections_report.table(results)
+    assert [row[header.index("in training")] for row in rows] == ["", ""]
     assert not any(axis.lines for axis in shared_projections_report.draw_curves(results["models"][1:]).axes)
 
 
@@ -274,7 +306,7 @@ def test_a_report_is_drawn_again_with_another_sentence(
 def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
     text = str(pydistill.plan(load_config(None, settings(shared, tmp_path / "run", arms=["down", "no_kd"]))))
     for line in (
-        r"masked-piece head +none in the model: a new one is made",
+        r"masked-piece head +none that its configuration names: a new one is made",
         r"mixing +a word is cut by the student's vocabulary with probability 0.5",
         r"vocabulary +90 pieces, trained on the corpus",
         r"pace of down +\d+\.\d+ s a step, about",
@@ -286,6 +318,39 @@ def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "architecture", "expected"),
+    [
+        (DistilBertConfig(), "DistilBertForMaskedLM", "its own"),
+        (ElectraConfig(), "ElectraForMaskedLM", "its own"),
+        # Its head tells replaced pieces.
+        (ElectraConfig(), "ElectraForPreTraining", "none that its configuration names: a new one"),
+        (ConvBertConfig(), "ConvBertForMaskedLM", "its own is not of a kind known here (bert, distilbert, electra)"),
+    ],
+)
+def test_the_plan_says_which_head_the_teacher_has(
+    shared: Path, tmp_path: Path, config: Any, architecture: str, expected: str
+) -> None:
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path / "teacher")
+    teacher_tokenizer().save_pretrained(tmp_path / "teacher")
+    keys = settings(shared, tmp_path / "run", teacher__model=str(tmp_path / "teacher"), student__hidden_size=48)
+    text = str(pydistill.plan(load_config(None, keys), dry_run=False))
+    assert re.search(rf"masked-piece head +{re.escape(expected)}", text)
+
+
+def test_the_pace_of_the_rows_counts_the_words_in_them(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.txt").write_text(("the " * 50 + "\n") * 20)
+    more = {"corpus__files": [str(tmp_path / "texts.txt")], "corpus__max_length": 12, "vocabulary__size": None}
+    more |= {"vocabulary__folder": str(shared / "vocabulary"), "arms": ["no_kd"]}
+    monkeypatch.setattr(shared_projections.time, "process_time", map(float, itertools.count()).__next__)
+    text = str(pydistill.plan(load_config(None, settings(shared, tmp_path / "run", **more))))
+    # In one second by this clock: ten words have room in each of 512 rows.
+    assert "5,120 words per second and core" in text
+
+
+@pytest.mark.parametrize(
     ("keys", "rule"),
     [
         ({"student__hidden_size": 9}, "student: smaller_config: num_attention_heads must divide hidden_size 9"),
@@ -294,6 +359,7 @@ def test_the_plan_says_what_will_run(shared: Path, tmp_path: Path) -> None:
         ({"evaluation_corpus": {"files": ["none.txt"]}}, "none.txt: there is no such file"),
         ({"corpus__held_out": 1000}, "no text is held out with held_out 1000"),
         ({"train__max_steps": -1}, "train.max_steps: the corpus is read as an endless stream"),
+        ({"train__dataloader_num_workers": 2}, "train.dataloader_num_workers: the corpus is one stream"),
         ({"teacher__model": "./none"}, "teacher.model: ./none: there is no such folder"),
         ({"vocabulary": {"folder": "./none"}}, "vocabulary.folder: "),
     ],
@@ -314,7 +380,7 @@ def test_what_is_refused_before_any_work(shared: Path, tmp_path: Path, keys: dic
         ({"mixing__steps": 5}, "steps says when end is reached"),
         ({"objective": {"projected": "hidden_states", "project_norms": False}}, "choose among parameters"),
         ({"corpus__packing": "packed"}, "corpus.packing must be truncate"),
-        ({"arms": ["dual"], "objective__project_embeddings": False}, "the arm dual ties the tables of pieces"),
+        ({"arms": ["dual"], "objective__project_embeddings": False}, "the arm dual ties the tables of embeddings"),
         ({"corpus__held_out": 0}, "losses need texts"),
         ({"arms": ["down", "down"]}, "must not repeat an entry"),
         ({"student__layers": 2}, "student.layers: unknown key"),

@@ -126,7 +126,14 @@ def test_vocab_replaces_only_what_it_wrote(folder: Path, capsys: pytest.CaptureF
     assert (folder / "out" / "tokenizer.json").read_bytes() == before
     assert main(words(folder, "--size", "80", "--overwrite")) == 0
     assert len(AutoTokenizer.from_pretrained(folder / "out")) == 80
-    (folder / "out" / "tokenizer.json").rename(folder / "out" / "mine.txt")
+    # A model's folder has a tokenizer, too. It is refused before the texts are read.
+    (folder / "out" / "model.safetensors").write_text("weights")
+    (folder / "corpus.txt").rename(folder / "elsewhere.txt")
+    assert main(words(folder, "--size", "80", "--overwrite")) == 2
+    assert "out holds model.safetensors, which is no part of a tokenizer, and is not" in capsys.readouterr().err
+    assert (folder / "out" / "model.safetensors").read_text() == "weights"
+    (folder / "out" / "model.safetensors").unlink()
+    (folder / "out" / "tokenizer.json").rename(folder / "out" / "vocab.txt")
     assert main(words(folder, "--size", "80", "--overwrite")) == 2
     assert "holds no tokenizer and is not replaced" in capsys.readouterr().err
     assert not list(folder.glob(".*"))

@@ -327,6 +327,13 @@ class MixedVocabularyCollator:
         return torch.from_numpy(out)
 
 
+def count_words(batch: Mapping[str, Tensor]) -> int:
+    """Return how many words the rows of a `MixedVocabularyCollator`'s batch hold, the same on both sides."""
+    ids = batch["word_ids"]
+    # Every row begins with [CLS], which is no word.
+    return int(((ids[:, 1:] != ids[:, :-1]) & (ids[:, 1:] != NO_WORD)).sum())
+
+
 def example(segmenter: Segmenter, sentence: str) -> dict[str, Any]:
     """Return how one sentence is read, for a picture: plain lists, strings and numbers.
 

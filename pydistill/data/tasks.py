@@ -53,12 +53,14 @@ class Task:
         return len(self.text_columns) == 2
 
 
-def load_task(config: DataConfig, *, scores: bool = False) -> Task:
+def load_task(config: DataConfig, *, scores: bool = False, by_first_text: bool = False) -> Task:
     """Read, filter, check and split the rows that ``config`` names.
 
     Args:
         config: sources, columns and splits.
         scores: the labels are numbers to be predicted, not classes.
+        by_first_text: rows with the same first text stay together, whether they are held out or left out: the
+            candidates of a query. A share is one of these groups; a number of rows is the most, in whole groups.
 
     Raises:
         DataError: unreadable or malformed files, missing columns, no rows left, labels that are unknown, unlabelled or
@@ -79,16 +81,19 @@ def load_task(config: DataConfig, *, scores: bool = False) -> Task:
         inferred = config.labels is None
         frame["labels"] = _scores(labels, source) if scores else _label_ids(labels, label_names, source, inferred)
 
+    hold_out = _hold_out_groups if by_first_text else _hold_out
     # Test rows leave train first, so that a dev split added later never changes what is reported.
     if "test" not in frames and config.test_rows:
-        frames["train"], frames["test"] = _hold_out(frames["train"], config.test_rows, config, "test_rows")
+        frames["train"], frames["test"] = hold_out(frames["train"], config.test_rows, config, "test_rows")
     if "dev" not in frames:
-        frames["train"], frames["dev"] = _hold_out(frames["train"], config.dev_rows, config, "dev_rows")
+        frames["train"], frames["dev"] = hold_out(frames["train"], config.dev_rows, config, "dev_rows")
     test_is_dev = "test" not in frames
     if test_is_dev:
         frames["test"] = frames["dev"]
         notes.append("no test rows are given: the reported numbers are on dev")
-    if config.max_train_rows is not None:
+    if config.max_train_rows is not None and by_first_text:
+        frames["train"] = _whole_groups(frames["train"], config.max_train_rows, config, "max_train_rows")
+    elif config.max_train_rows is not None:
         frames["train"] = frames["train"].head(config.max_train_rows)
     missing = sorted(set(range(len(label_names))) - set(frames["train"]["labels"]))
     if missing:
@@ -278,6 +283,41 @@ def _hold_out(
         frame = frame.sample(frac=1.0, random_state=config.split_seed)
     # The original order is kept inside both parts: a run is easier to compare with its file.
     return frame.iloc[:-rows].sort_index(), frame.iloc[-rows:].sort_index()
+
+
+def _hold_out_groups(
+    frame: pandas.DataFrame, amount: int | float, config: DataConfig, key: str
+) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """The same in whole groups of rows with the same first text: the last ones, or random ones, are held out."""
+    groups = pandas.Series(frame[config.text_columns[0]].unique())
+    if config.split == "random":
+        groups = groups.sample(frac=1.0, random_state=config.split_seed)
+    order = dict(zip(reversed(list(groups)), range(len(groups)), strict=True))
+    ranks = frame[config.text_columns[0]].map(order)
+    if isinstance(amount, int):
+        held_out = _whole_groups(frame.iloc[np.argsort(ranks, kind="stable")], amount, config, key).index
+    else:
+        held_out = frame.index[ranks < max(1, round(amount * len(groups)))]
+    kept = ~frame.index.isin(held_out)
+    if not kept.any():
+        raise DataError(
+            f"{config.train}: data.{key}: cannot hold out {amount} rows: no group of rows with the same "
+            f"{config.text_columns[0]!r} would be left of {len(groups)}"
+        )
+    return frame[kept], frame[~kept]
+
+
+def _whole_groups(frame: pandas.DataFrame, rows: int, config: DataConfig, key: str) -> pandas.DataFrame:
+    """As many of the first groups of rows with the same first text as are ``rows`` at most."""
+    column = frame[config.text_columns[0]]
+    sizes = column.groupby(column, sort=False).size()
+    chosen = sizes.index[sizes.cumsum() <= rows]
+    if chosen.empty:
+        raise DataError(
+            f"{config.train}: data.{key}: {rows} rows are too few: rows with the same {column.name!r} stay together, "
+            f"and the first such group has {sizes.iloc[0]}"
+        )
+    return frame[column.isin(set(chosen))]
 
 
 def _shared_rows(frames: dict[str, pandas.DataFrame], columns: Sequence[str]) -> list[str]:

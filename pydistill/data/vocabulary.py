@@ -23,6 +23,10 @@ SIZE = 4928  # Zhao et al.
 PREFIX = "##"
 # What a WordPiece tokenizer must have; each is one token in either vocabulary, and means the same there.
 SPECIAL_TOKENS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+# What a tokenizer's save_pretrained writes; a folder that holds anything else is not a vocabulary's.
+TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"}
+)
 
 
 class VocabularyError(UserError):
@@ -176,7 +180,8 @@ def write_vocabulary(
     """Train on the texts of a corpus and write the tokenizer to the folder ``output``, whole or not at all.
 
     Raises:
-        VocabularyError: ``output`` exists and is not to be replaced, or what `train_vocabulary` refuses.
+        VocabularyError: ``output`` exists and is not to be replaced, or holds more than a tokenizer, or what
+            `train_vocabulary` refuses.
         CorpusError: the corpus cannot be read.
     """
     from pydistill.data.corpus import corpus_texts
@@ -185,6 +190,11 @@ def write_vocabulary(
         raise VocabularyError(f"vocabulary: {output} exists; pass --overwrite to replace it")
     if output.exists() and not (output / "tokenizer.json").is_file():
         raise VocabularyError(f"vocabulary: {output} holds no tokenizer and is not replaced; name another folder")
+    if output.exists() and (others := {path.name for path in output.iterdir()} - TOKENIZER_FILES):
+        raise VocabularyError(
+            f"vocabulary: {output} holds {min(others)}, which is no part of a tokenizer, and is not replaced; name "
+            "another folder"
+        )
     tokenizer = train_vocabulary(corpus_texts(section), teacher, size=size, progress=progress)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -75,7 +74,7 @@ def _run(plan: Plan) -> dict[str, Any]:
     students = _train_students(plan, stages, teacher, transfer)
     results = _evaluate(plan, stages, teacher, students)
     write_text(plan.output / METRICS_FILE, json.dumps(results, indent=1))
-    shutil.rmtree(plan.output / WORK, ignore_errors=True)
+    stages.clear()
     report, shown = write_report(plan.output, page)
     print(f"\n{text_table(shown.table)}\n{shown.measured}\n")
     print(f"report:  {report}\nstudent: {plan.output / best_student(results)['folder']}")

@@ -57,6 +57,7 @@ from pydistill.recipes.pretraining import (
     check_length,
     check_same_corpus,
     check_steps,
+    check_workers,
     corpus_sources,
     describe_block,
     describe_machine,
@@ -185,6 +186,7 @@ def plan_minilm(config: MiniLMConfig, *, resume: bool, overwrite: bool, dry_run:
     problems += refused_arguments({f"train ({name})": block for name, block in blocks.items()})
     for name, block in blocks.items():
         problems += check_steps(block, f"the stage {name}")
+        problems += check_workers(block, f"train ({name})")
     teacher = collect(problems, resolve_model, config.teacher.model, "teacher.model")
     model_config = collect(problems, load_model_config, teacher) if teacher is not None else None
     tokenizer = None
@@ -371,12 +373,10 @@ def _run(plan: MiniLMPlan) -> dict[str, Any]:
     for model in models:
         model["loss_to_teacher"] = _loss_to_teacher(plan, model)
     say("[compare] teacher and students on the same texts")
-    return once(lambda: _finish(plan, models, stages.done))
+    return once(lambda: _finish(plan, models, stages))
 
 
-def _finish(
-    plan: MiniLMPlan, models: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _finish(plan: MiniLMPlan, models: Sequence[Mapping[str, Any]], stages: Stages) -> dict[str, Any]:
     config = plan.config
     compared, maps = _compare(plan, models)
     results = {
@@ -385,7 +385,7 @@ def _finish(
         "objective": config.objective.model_dump(mode="json"),
         "evaluation_texts": _count_evaluation_rows(config, plan.tokenizer),
         "models": compared,
-        "stages": stages,
+        "stages": stages.done,
         "measured": (
             f"{how_speed_is_measured()} Texts of at most {config.timed_length} tokens. "
             "Without embeddings: everything but the embedding tables."
@@ -394,7 +394,7 @@ def _finish(
         "plan": str(plan),
     }
     write_text(plan.output / RELATIONS_FILE, json.dumps(maps))
-    finish(plan.output, results, page, "student")
+    finish(stages, results, page, "student")
     return results
 
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from pydistill import _dispatch
-from pydistill.cache import TeacherCache, record_logits
+from pydistill.cache import TeacherCache, record_logits, whole_logits
 from pydistill.capture import LOGITS
 from pydistill.config import BaseRun, DataConfig, Distinct, OneOrMore, Section, TaskName, TrainBlock
 from pydistill.data.tasks import Task, example_row, load_task
@@ -156,6 +156,11 @@ class MixingSection(Section):
     def _cap_where_capped(self) -> MixingSection:
         if (self.strategy == "capped") != (self.cap is not None):
             raise ValueError("cap goes with strategy capped, and that one needs it")
+        if self.pack_once and self.strategy != "proportional":
+            raise ValueError(
+                f"pack_once goes with strategy proportional: {self.strategy} reads tasks in part, and the rest of "
+                "their rows would never be seen"
+            )
         return self
 
 
@@ -264,6 +269,10 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
     for name, section in config.tasks.items():
         found = [collect(problems, _teacher, name, one, section, tasks[name]) for one in section.teachers]
         teachers[name] = [one for one in found if one is not None]
+        if section.taught and config.teachers.cache is not None:
+            problems += _check_caches(name, section, Path(config.teachers.cache).expanduser(), output)
+        if resume and section.train_teachers:
+            problems += _check_starts(config, name, output)
     complete = {name: task for name, task in tasks.items() if task is not None}
     if resume and len(complete) == len(tasks):
         collect(problems, _check_same_rows, complete, output)
@@ -280,7 +289,7 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
 
 def _load(name: str, section: TaskSection) -> Task:
     try:
-        task = load_task(section.data, scores=section.kind == "regression")
+        task = load_task(section.data, scores=section.kind == "regression", by_first_text=section.kind == "ranking")
     except ValueError as error:
         raise PlanError(f"tasks.{name}: {error}") from None
     if section.kind == "ranking":
@@ -353,6 +362,44 @@ def _teacher(name: str, source: str, section: TaskSection, task: Task | None) ->
     return found
 
 
+def _check_caches(name: str, section: TaskSection, folder: Path, output: Path) -> list[str]:
+    """Return why a task's caches cannot be those of its teachers."""
+    problems = []
+    for number in range(1, (section.train_teachers or len(section.teachers)) + 1):
+        cache = folder / f"{name}-{number}"
+        if section.train_teachers and cache.exists() and not (output / f"teachers/{name}-{number}").exists():
+            problems.append(
+                f"teachers.cache: {cache} is of another teacher: that of this run is yet to be trained. Choose another "
+                f"folder, or give that teacher (tasks.{name}.teachers) instead of train_teachers"
+            )
+            continue
+        try:
+            whole_logits(cache)
+        except ValueError as error:
+            problems.append(f"teachers.cache: {error}")
+    return problems
+
+
+def _start(config: MTDNNConfig, number: int) -> str:
+    """What the ``number``-th teacher of a task, from 1, is fine-tuned from: as many different starts as there are."""
+    if config.teachers.start == "encoder":
+        return "encoder"
+    return f"mtdnn/seed{config.seeds[(number - 1) % len(config.seeds)]}"
+
+
+def _check_starts(config: MTDNNConfig, name: str, output: Path) -> list[str]:
+    """Return whether teachers that are finished would be others in a run of these seeds from its beginning."""
+    problems = []
+    for number in range(1, config.tasks[name].train_teachers + 1):
+        folder, now = output / f"teachers/{name}-{number}", _start(config, number)
+        if (folder / TRAINING_FILE).is_file() and (before := _record(folder).get("start", now)) != now:
+            problems.append(
+                f"seeds: the teacher {folder} was fine-tuned from {before}, and would be from {now} with the seeds "
+                f"{', '.join(map(str, config.seeds))}: take another output, or teachers.start encoder"
+            )
+    return problems
+
+
 def _check_same_rows(tasks: Mapping[str, Task], output: Path) -> None:
     recorded = output / DATA_FILE
     if recorded.is_file() and recorded.read_text(encoding="utf-8") != _fingerprint(tasks):
@@ -410,13 +457,12 @@ def _dry_run(result: MTDNNPlan) -> None:
     model = _new_model(result, result.encoder, list(config.tasks), seed=0)
     step = Distiller(model, None, TaskLoss(_kinds(config))).to("cuda" if torch.cuda.is_available() else "cpu").train()
     collate = TaskCollator(result.tokenizer)
-    arguments = _arguments(_block(config), result.output, 0, several=False)
+    arguments = _arguments(_block(config), result.output, 0, unused=False)
     size = arguments.train_batch_size
     seconds: dict[str, float] = {}
     for name in config.tasks:
-        few = result.tasks[name].splits["train"]
-        rows = encode_rows(result, name, few.select(range(min(4 * size, len(few)))))
-        batches = [collate([dict(row) | {"task": name} for row in rows.select(range(min(size, len(rows))))])] * 2
+        rows = encode_rows(result, name, _first_rows(result, name, size))
+        batches = [collate([dict(row) | {"task": name} for row in rows])] * 2
         for number, batch in enumerate(batches):
             start = time.perf_counter()
             given = {key: value if isinstance(value, str) else value.to(model.device) for key, value in batch.items()}
@@ -435,6 +481,15 @@ def _dry_run(result: MTDNNPlan) -> None:
         trainings = len(config.seeds) * len(config.arms) + config.tasks[name].train_teachers
         total += trainings * epochs * steps * each
     result.add("run", "time", f"about {duration(total)}, at this pace")
+
+
+def _first_rows(result: MTDNNPlan, name: str, count: int) -> Dataset:
+    """The first rows of a task, or those of its first queries."""
+    rows = result.tasks[name].splits["train"]
+    if result.config.tasks[name].kind != "ranking":
+        return rows.select(range(min(count, len(rows))))
+    asked = queries(rows, result.tasks[name].text_columns[0])[:count]
+    return rows.select(sorted(number for query in asked for number in query.rows))
 
 
 def _epochs(arguments: TrainingArguments, result: MTDNNPlan) -> float:
@@ -518,7 +573,12 @@ def _new_model(plan: MTDNNPlan, source: str, tasks: Sequence[str], seed: int) ->
     return MultiTaskModel.from_encoder(source, {name: plan.settings(name) for name in tasks}, seed=seed)
 
 
-def _arguments(block: Mapping[str, Any], scratch: Path, seed: int, *, several: bool) -> TrainingArguments:
+def _leaves_parameters_unused(config: PretrainedConfig) -> bool:
+    """Whether a step does not reach all parameters: the heads of other tasks, or, by an answer module, the pooler."""
+    return len(config.tasks) > 1 or any(settings["head"] == "san" for settings in config.tasks.values())
+
+
+def _arguments(block: Mapping[str, Any], scratch: Path, seed: int, *, unused: bool) -> TrainingArguments:
     defaults: dict[str, Any] = {
         "save_strategy": "epoch",
         "save_total_limit": 1,
@@ -527,8 +587,7 @@ def _arguments(block: Mapping[str, Any], scratch: Path, seed: int, *, several: b
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # A batch reaches the head of its own task alone.
-        "ddp_find_unused_parameters": several,
+        "ddp_find_unused_parameters": unused,
     }
     return TrainingArguments(
         output_dir=str(scratch), seed=seed, data_seed=seed, remove_unused_columns=False, **defaults | dict(block)
@@ -578,7 +637,7 @@ class _Run:
             "environment": _dispatch.environment(),
             "plan": str(plan),
         }
-        finish(plan.output, results, page, config.arms[-1])
+        finish(self.stages, results, page, config.arms[-1])
         return results
 
     # ---- data
@@ -624,13 +683,17 @@ class _Run:
         folders = []
         block = _block(config, config.teachers.train)
         for number in range(1, section.train_teachers + 1):
-            # As many different starts as there are.
-            start = self.plan.encoder
-            if config.teachers.start == "mtdnn":
-                start = str(self._multi("mtdnn", config.seeds[(number - 1) % len(config.seeds)]))
-            model = self._maker(start, [name], number)
-            folder = self._training(f"teachers/{name}-{number}", f"from {start}", model, [name], False, block, number)
+            start = _start(config, number)
+            source = self.plan.encoder
+            if start != "encoder":
+                source = str(self._multi("mtdnn", config.seeds[(number - 1) % len(config.seeds)]))
+            model = self._maker(source, [name], number)
+            stage, what = f"teachers/{name}-{number}", f"from {source}"
+            folder = self._training(stage, what, model, [name], False, block, number, start=start)
             folders.append(str(folder))
+        # Another run in the same folder, of other seeds, may have come first.
+        if problems := _check_starts(config, name, self.plan.output):
+            raise PlanError("\n".join(problems))
         return folders
 
     def _targets(self, name: str) -> Path:
@@ -685,7 +748,8 @@ class _Run:
         block = _block(self.config, self.config.fine_tune)
         model = lambda: MultiTaskModel.from_pretrained(source, dtype=torch.float32)  # noqa: E731
         stage = f"fine_tuned/{arm}-seed{seed}-{name}"
-        return self._training(stage, f"tune on {name} alone", model, [name], arm == "mtdnn_kd", block, seed)
+        what, start = f"tune on {name} alone", f"{arm}/seed{seed}"
+        return self._training(stage, what, model, [name], arm == "mtdnn_kd", block, seed, start=start)
 
     def _maker(self, source: str, tasks: Sequence[str], seed: int) -> Callable[[], MultiTaskModel]:
         return lambda: _new_model(self.plan, source, tasks, seed)
@@ -699,13 +763,15 @@ class _Run:
         soft: bool,
         block: Mapping[str, Any],
         seed: int,
+        *,
+        start: str = "encoder",
     ) -> Path:
-        """A stage that trains a model on some tasks, and scores it on each."""
+        """A stage that trains a model on some tasks, and scores it on each; ``start``: what the model was before."""
         # Their targets are stages of their own.
         rows = {} if self.stages.has(stage) else {name: self._rows(name, soft) for name in tasks}
 
         def make(folder: Path) -> int:
-            return self._train(model(), rows, block, seed, folder, self.stages.scratch(stage))
+            return self._train(model(), rows, block, seed, folder, self.stages.scratch(stage), start)
 
         return self._stage(stage, make, what)
 
@@ -723,6 +789,7 @@ class _Run:
         seed: int,
         folder: Path,
         scratch: Path,
+        start: str,
     ) -> int:
         plan, config = self.plan, self.config
         weights = {
@@ -732,15 +799,15 @@ class _Run:
         mixing = config.mixing.model_dump() if len(rows) > 1 else {"pack_once": config.mixing.pack_once}
         trainer = DistillationTrainer(
             Distiller(model, None, TaskLoss(_kinds(config), hard_weight=weights)),
-            _arguments(block, scratch, seed, several=len(model.config.tasks) > 1),
+            _arguments(block, scratch, seed, unused=_leaves_parameters_unused(model.config)),
             train_dataset=cast(Any, TaskMixture(rows, **mixing)),
             processing_class=plan.tokenizer,
             data_collator=TaskCollator(plan.tokenizer),
         )
         attach_progress(trainer, "loss")
-        start = time.perf_counter()
+        began = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint_in(scratch))
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
         model.eval()
         scores = {}
         for name in rows:
@@ -753,6 +820,7 @@ class _Run:
         model.save_pretrained(folder)
         plan.tokenizer.save_pretrained(folder)
         record = {
+            "start": start,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 1),
             "scores": scores,

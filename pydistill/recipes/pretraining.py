@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from pydistill import _dispatch
 from pydistill.config import BaseRun, TrainBlock
 from pydistill.data.corpus import CorpusSection, load_corpus
 from pydistill.plan import DATA_FILE, PlanBase, PlanError, length_limit, process_count
-from pydistill.recipes.stages import WORK
+from pydistill.recipes.stages import Stages
 from pydistill.report import METRICS_FILE, Page, text_table, write_report, write_text
 from pydistill.trainer import TRAINER_STATE, rows_per_step
 
@@ -57,6 +56,17 @@ def check_steps(block: Mapping[str, Any], what: str) -> list[str]:
     if block.get("max_steps", -1) > 0:
         return []
     return [f"train.max_steps: the corpus is read as an endless stream: say how many steps {what} takes"]
+
+
+def check_workers(block: Mapping[str, Any], key: str) -> list[str]:
+    """Return whether more processes are to read the stream than can."""
+    count = block.get("dataloader_num_workers", 0)
+    if count <= 1:
+        return []
+    return [
+        f"{key}.dataloader_num_workers: the corpus is one stream, which several workers cannot share: set it to 0 or "
+        f"1, got {count}"
+    ]
 
 
 def check_length(config: CorpusRun, named: str, model: PretrainedConfig, tokenizer: Any) -> list[str]:
@@ -158,18 +168,19 @@ def seconds_per_step(
 
 
 def finish(
-    output: Path, results: Mapping[str, Any], page: Callable[[Path, dict[str, Any]], Page], students: str
+    stages: Stages, results: Mapping[str, Any], page: Callable[[Path, dict[str, Any]], Page], students: str
 ) -> None:
     """Write the results and the report of a run, drop its unfinished work, and say what came out.
 
     Args:
-        output: the run's folder.
+        stages: of the run, all built.
         results: the content of ``metrics.json``.
         page: see `pydistill.report.write_report`.
         students: the entry of the folder that holds what was trained.
     """
+    output = stages.output
     write_text(output / METRICS_FILE, json.dumps(results, indent=1))
-    shutil.rmtree(output / WORK, ignore_errors=True)
+    stages.clear()
     report, shown = write_report(output, page)
     print(f"\n{text_table(shown.table)}\n{shown.lead}\n{shown.measured}\n")
     lines = {"report": report, students: output / students, "try it": shown.next_step}

@@ -32,7 +32,7 @@ from transformers import (
 from pydistill import _dispatch
 from pydistill.config import Distinct, OneOrMore, Section, resolve_path
 from pydistill.data.corpus import TextSource, corpus_texts, load_corpus
-from pydistill.data.mixed_vocab import MixedVocabularyCollator, Mixing, Segmenter, example
+from pydistill.data.mixed_vocab import MixedVocabularyCollator, Mixing, Segmenter, count_words, example
 from pydistill.data.vocabulary import SIZE, check_wordpiece, train_vocabulary
 from pydistill.inference import ModelError, load_tokenizer
 from pydistill.losses.shared_projection import Direction
@@ -58,6 +58,7 @@ from pydistill.recipes.pretraining import (
     check_length,
     check_same_corpus,
     check_steps,
+    check_workers,
     corpus_sources,
     describe_block,
     describe_machine,
@@ -77,6 +78,7 @@ from pydistill.recipes.stages import WORK, Stages, attach_progress, checkpoint_i
 from pydistill.report import METRICS_FILE, REPORT_FILE, write_text
 from pydistill.students.encoder import make_student, smaller_config
 from pydistill.students.mixed_vocab import (
+    HEADS,
     DualTraining,
     MixedVocabularyTeacher,
     held_out_losses,
@@ -192,7 +194,7 @@ class SharedProjectionsConfig(CorpusRun):
     arms: Annotated[OneOrMore[Arm], Distinct] = Field(
         ["down"],
         min_length=1,
-        description="no_kd: the student alone; dual: the tables of pieces projected; down, up: everything",
+        description="no_kd: the student alone; dual: the tables of embeddings projected; down, up: everything",
     )
     mixing: MixingSection = Field(default_factory=MixingSection)
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
@@ -204,7 +206,7 @@ class SharedProjectionsConfig(CorpusRun):
         if self.corpus.packing != "truncate":
             raise ValueError("corpus.packing must be truncate: each row is one text, cut in two ways")
         if "dual" in self.arms and not self.objective.project_embeddings:
-            raise ValueError("the arm dual ties the tables of pieces: objective.project_embeddings must be true")
+            raise ValueError("the arm dual ties the tables of embeddings: objective.project_embeddings must be true")
         if self.evaluation_corpus is None and not self.corpus.held_out:
             raise ValueError("losses need texts: give corpus.held_out, or an evaluation_corpus")
         return self
@@ -246,6 +248,7 @@ def plan_shared_projections(
     collect(problems, check_output, config, output, resume, overwrite, sources | corpus_sources(config))
     problems += refused_arguments({"train": config.train})
     problems += check_steps(config.train, "an arm")
+    problems += check_workers(config.train, "train")
     teacher = collect(problems, resolve_model, config.teacher.model, "teacher.model")
     model_config = collect(problems, load_model_config, teacher) if teacher is not None else None
     tokenizer = student_tokenizer = None
@@ -314,9 +317,14 @@ def _evaluation_texts(config: SharedProjectionsConfig, tokenizer: PreTrainedToke
 
 
 def _has_head(config: PretrainedConfig) -> bool:
-    """Whether the teacher's weights hold BERT's head for masked pieces."""
-    names = config.architectures or ()
-    return config.model_type == "bert" and any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+    """Whether the teacher's weights hold a head for masked pieces that `MixedVocabularyTeacher` takes over."""
+    return config.model_type in HEADS and _names_a_head(config)
+
+
+def _names_a_head(config: PretrainedConfig) -> bool:
+    # The head that ELECTRA was pretrained with tells replaced pieces.
+    heads = ("ForMaskedLM",) if config.model_type == "electra" else ("ForMaskedLM", "ForPreTraining")
+    return any(name.endswith(heads) for name in config.architectures or ())
 
 
 def _describe(result: SharedProjectionsPlan) -> None:
@@ -327,7 +335,12 @@ def _describe(result: SharedProjectionsPlan) -> None:
     result.add("corpus", "losses", f"of the first {config.evaluation_texts:,} texts, at most, of {where}")
     result.add("teacher", "model", config.teacher.model)
     result.add("teacher", "sizes", describe_sizes(teacher))
-    head = "its own" if _has_head(teacher) else "none in the model: a new one is made, and trained along"
+    if _has_head(teacher):
+        head = "its own"
+    elif _names_a_head(teacher):
+        head = f"its own is not of a kind known here ({', '.join(HEADS)}): a new one is made, and trained along"
+    else:
+        head = "none that its configuration names: a new one is made, and trained along"
     result.add("teacher", "masked-piece head", head)
     training = "only tables, head and biases" if config.teacher.freeze_encoder else "everything, along with the student"
     rate = config.teacher.learning_rate
@@ -388,8 +401,8 @@ def _dry_run(result: SharedProjectionsPlan) -> None:
         result.add("student", "all arms", f"at most about {duration(total)}")
     texts = [row["text"] for row in itertools.islice(stream, TIMED_ROWS)]
     start = time.process_time()
-    collate([{"text": text, "index": index} for index, text in enumerate(texts)])
-    pace = sum(len(text.split()) for text in texts) / (time.process_time() - start)
+    batch = collate([{"text": text, "index": index} for index, text in enumerate(texts)])
+    pace = count_words(batch) / (time.process_time() - start)
     result.add("machine", "rows", f"{pace:,.0f} words per second and core cut and masked")
 
 
@@ -418,14 +431,14 @@ def _run(plan: SharedProjectionsPlan) -> dict[str, Any]:
         folder = stages.build(f"students/{arm}", make, "train")
         trained.append({"name": arm} | json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8")))
     say("[compare] teacher and students on the same texts")
-    return once(lambda: _finish(plan, trained, vocabulary, stages.done))
+    return once(lambda: _finish(plan, trained, vocabulary, stages))
 
 
 def _finish(
     plan: SharedProjectionsPlan,
     trained: Sequence[Mapping[str, Any]],
     vocabulary: PreTrainedTokenizerBase,
-    stages: Sequence[Mapping[str, Any]],
+    stages: Stages,
 ) -> dict[str, Any]:
     config = plan.config
     texts = _evaluation_texts(config, plan.tokenizer)
@@ -434,7 +447,7 @@ def _finish(
         "description": config.description,
         "evaluation_texts": len(texts),
         "models": _compare(plan, trained, vocabulary, texts),
-        "stages": stages,
+        "stages": stages.done,
         "measured": (
             "Loss: cross-entropy of the masked pieces over the student's vocabulary, in nats; the same masks for all. "
             f"{how_speed_is_measured()} Texts of at most {config.timed_length} tokens. Without embeddings: "
@@ -445,7 +458,7 @@ def _finish(
     }
     shown = example(_segmenter(config, plan.tokenizer, vocabulary), config.picture.sentence)
     write_text(plan.output / SEGMENTATION_FILE, json.dumps(shown))
-    finish(plan.output, results, page, "students")
+    finish(stages, results, page, "students")
     return results
 
 
@@ -587,6 +600,8 @@ def _train(
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
+    # The trainer has put its autocast around the step, and both losses are taken in float32.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     step.student.save_pretrained(folder)
     vocabulary.save_pretrained(folder)
     before, after = json.loads(before_file.read_text(encoding="utf-8")), once(measure)

@@ -18,7 +18,7 @@ SEGMENTATION_FILE = "segmentation.json"
 ARM_COLOURS = {"no_kd": "#CC79A7", "dual": "#E69F00", "down": "#0072B2", "up": "#009E73"}
 ARMS = {
     "no_kd": "trains alone",
-    "dual": "has its table of pieces tied to the teacher's by a projection",
+    "dual": "has its tables of embeddings tied to the teacher's by a projection",
     "down": "has every weight of the teacher projected to its size",
     "up": "has every weight projected to the teacher's size",
 }
@@ -64,7 +64,7 @@ def page(folder: Path, results: dict[str, Any]) -> Page:
     return Page(
         lead=_lead(results),
         table=table(results),
-        measured=results["measured"],
+        measured=f"{results['measured']} In training: on the corpus, a mean of the last steps logged, with dropout.",
         pictures=pictures,
         next_step=(
             "pydistill evaluate --tasks.mine.data.train YOUR.tsv --tasks.mine.data.text_columns sentence "
@@ -77,12 +77,20 @@ def page(folder: Path, results: dict[str, Any]) -> Page:
 def table(results: dict[str, Any]) -> list[list[str]]:
     """Return the header and one row per model of the table that a run prints."""
     teacher = results["models"][0]
-    rows = [["model", "layers x hidden", "pieces", "loss before", "after", *COSTS, "texts/s", "smaller", "faster"]]
+    losses = ("loss before", "after", "in training")
+    rows = [["model", "layers x hidden", "pieces", *losses, *COSTS, "texts/s", "smaller", "faster"]]
     for model in results["models"]:
-        losses = [f"{model[key]:.3f}" if key in model else "" for key in ("loss_before", "loss_after")]
+        found = (model.get("loss_before"), model.get("loss_after"), _last_in_training(model))
+        cells = ["" if loss is None else f"{loss:.3f}" for loss in found]
         sizes = [f"{model['layers']} x {model['hidden_size']}", f"{model['vocabulary']:,}"]
-        rows.append([model["name"], *sizes, *losses, *cost_cells(model, teacher)])
+        rows.append([model["name"], *sizes, *cells, *cost_cells(model, teacher)])
     return rows
+
+
+def _last_in_training(model: Mapping[str, Any]) -> float | None:
+    """The student's loss at the last steps that were logged; None for the teacher, and where none were."""
+    logged = [entry["loss_student"] for entry in model.get("curve", ()) if "loss_student" in entry]
+    return logged[-1] if logged else None
 
 
 def _lead(results: dict[str, Any]) -> str:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +45,21 @@ def processes() -> PartialState:
 
 
 def once(work: Callable[[], Result]) -> Result:
-    """Have the first process do it when all are there, while the others wait; every one returns what came out."""
+    """Have the first process do it when all are there, while the others wait; every one returns what came out.
+
+    They wait as long as it takes, where a collective operation would give up after half an hour.
+    """
     state = processes()
     state.wait_for_everyone()
     results = [work() if state.is_main_process else None]
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier(group=_patient_group())
     return broadcast_object_list(results)[0]
+
+
+@functools.cache
+def _patient_group() -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def say(*lines: str) -> None:
@@ -57,10 +69,17 @@ def say(*lines: str) -> None:
 
 
 def open_output(plan: PlanBase, entries: Sequence[str]) -> None:
-    """Make the output folder this run's own: remove ``entries`` if told to, and say whose configuration it is."""
+    """Make the output folder this run's own: remove ``entries`` if told to, and say whose configuration it is.
+
+    Raises:
+        StageError: ``entries`` are to be removed while another run is at work there.
+    """
 
     def open_it() -> None:
         if plan.overwrite:
+            for lock in (plan.output / WORK).glob("*.lock"):
+                with _held(lock, f"--overwrite: another run is at work in {plan.output}; wait for it, or end it"):
+                    pass
             for name in entries:
                 path = plan.output / name
                 if path.is_dir():
@@ -71,6 +90,21 @@ def open_output(plan: PlanBase, entries: Sequence[str]) -> None:
         write_text(plan.output / CONFIG_FILE, plan.config.to_yaml())
 
     once(open_it)
+
+
+@contextmanager
+def _held(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock, which goes with the process that has it, however that ends.
+
+    Raises:
+        StageError: with the message ``busy``: another process has it.
+    """
+    try:
+        held = FileLock(lock).acquire(timeout=0)
+    except Timeout:
+        raise StageError(busy) from None
+    with held:
+        yield
 
 
 class Stages:
@@ -91,26 +125,33 @@ class Stages:
             StageError: another run is building this stage.
         """
         final = self.output / name
-        found = final / STAGE_FILE
         hands = 1 if alone else processes().num_processes
-        record = once(lambda: json.loads(found.read_text(encoding="utf-8")) if self.has(name) else None)
-        if record is not None:
-            # Each process has batches of its own: a training by another number of them had steps of another size.
-            # A run of an older version does not say how many.
-            made = record.get("processes", hands)
-            other = "" if made == hands else f", made by {made} processes, not {hands}"
-            say(f"[{name}] kept from before{other}")
-        else:
-            say(f"[{name}] {what}")
+        record = once(lambda: self._record(name))
+        if record is None:
             with self._building(name) as folder:
-                start = time.perf_counter()
-                rows = once(lambda: make(folder)) if alone else make(folder)
-                seconds = round(time.perf_counter() - start, 2)
-                taken = {"name": name, "seconds": seconds, "rows": rows, "processes": hands}
-                record = once(lambda: self._publish(folder, final, taken))
-            say(f"[{name}] {record['seconds']:.1f} s")
+                # Another run may have built it between the look and the lock.
+                record = once(lambda: self._record(name))
+                if record is None:
+                    say(f"[{name}] {what}")
+                    start = time.perf_counter()
+                    rows = once(lambda: make(folder)) if alone else make(folder)
+                    seconds = round(time.perf_counter() - start, 2)
+                    taken = {"name": name, "seconds": seconds, "rows": rows, "processes": hands}
+                    once(lambda: self._publish(folder, final, taken))
+                    say(f"[{name}] {seconds:.1f} s")
+                    self.done.append(taken)
+                    return final
+        # Each process has batches of its own: a training by another number of them had steps of another size.
+        # A run of an older version does not say how many.
+        made = record.get("processes", hands)
+        other = "" if made == hands else f", made by {made} processes, not {hands}"
+        say(f"[{name}] kept from before{other}")
         self.done.append(record)
         return final
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        found = self.output / name / STAGE_FILE
+        return json.loads(found.read_text(encoding="utf-8")) if self.has(name) else None
 
     def has(self, name: str) -> bool:
         """Whether the stage ``name`` is finished."""
@@ -125,25 +166,29 @@ class Stages:
             return
         building = self.scratch(f"{name}.new")
         building.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Goes with the process that holds it, however that ends.
-            lock = FileLock(self.scratch(f"{name}.lock")).acquire(timeout=0)
-        except Timeout:
-            raise StageError(
-                f"{self.output / name} is being built by another run in the same folder, whose work this one would "
-                "destroy. Wait for that one, then the same command with --resume goes on; or name another --output"
-            ) from None
-        with lock:
+        busy = (
+            f"{self.output / name} is being built by another run in the same folder, whose work this one would "
+            "destroy. Wait for that one, then the same command with --resume goes on; or name another --output"
+        )
+        with _held(self.scratch(f"{name}.lock"), busy):
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
             yield building
 
-    def _publish(self, building: Path, final: Path, record: dict[str, Any]) -> dict[str, Any]:
+    def _publish(self, building: Path, final: Path, record: Mapping[str, Any]) -> None:
         write_text(building / STAGE_FILE, json.dumps(record))
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(building, final)
-        shutil.rmtree(self.scratch(record["name"]), ignore_errors=True)
-        return record
+        shutil.rmtree(self.scratch(str(record["name"])), ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what the stages of this run have left of their work; that of another run stays."""
+        for record in self.done:
+            for leftover in (self.scratch(record["name"]), self.scratch(f"{record['name']}.new")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self.scratch(f"{record['name']}.lock").unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or never made
+            (self.output / WORK).rmdir()
 
     def scratch(self, name: str) -> Path:
         """Return the folder where the unfinished work of a stage lies."""

@@ -26,6 +26,12 @@ from pydistill.students.encoder import smaller_config
 
 Projected = Literal["parameters", "embeddings", "hidden_states"]
 PROJECTED: tuple[Projected, ...] = ("parameters", "embeddings", "hidden_states")
+# By model type: where a model for masked pieces keeps the parts of a `MaskedHead`: dense, norm and bias.
+HEADS = {
+    "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+    "electra": ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"),
+}
 
 
 def student_config(
@@ -62,7 +68,8 @@ class MaskedHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, width)
         activation = getattr(config, "hidden_act", None) or getattr(config, "activation", "gelu")
-        self.activation = ACT2FN[activation]
+        # ELECTRA's own is fixed, whatever its layers have.
+        self.activation = ACT2FN["gelu" if config.model_type == "electra" else activation]
         self.norm = nn.LayerNorm(width, eps=getattr(config, "layer_norm_eps", 1e-12))
         nn.init.normal_(self.dense.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(self.dense.bias)
@@ -113,7 +120,7 @@ class MixedVocabularyTeacher(nn.Module):
     vocabulary alone: one head, two tied softmaxes. Everything trains but the pooler, which nothing reads.
 
     The second table starts from the first, see `second_table` (ours; the paper does not say). The head is the model's
-    own where it is a ``BertForMaskedLM``; others get a new one, which has to be trained: `new_head` says so.
+    own where it has one of a kind in `HEADS`; others get a new one, which has to be trained: `new_head` says so.
 
     Args:
         model: an encoder of BERT's kind, with or without a head; taken over, not copied.
@@ -157,12 +164,13 @@ class MixedVocabularyTeacher(nn.Module):
             self.head = MaskedHead(self.encoder.config, width)
         self.bias = nn.Parameter(torch.zeros(rows))
         self.student_bias = nn.Parameter(torch.zeros(len(student_tokenizer)))
-        own = getattr(getattr(model, "cls", None), "predictions", None)
-        self.new_head = own is None
-        if own is not None:
-            self.head.dense.load_state_dict(own.transform.dense.state_dict())
-            self.head.norm.load_state_dict(own.transform.LayerNorm.state_dict())
-            self.bias.data.copy_(own.bias.data)
+        weights = dict(model.named_parameters())
+        dense, norm, bias = HEADS.get(model.config.model_type, ("", "", ""))
+        self.new_head = bias not in weights
+        if not self.new_head:
+            self.head.dense.load_state_dict(model.get_submodule(dense).state_dict())
+            self.head.norm.load_state_dict(model.get_submodule(norm).state_dict())
+            self.bias.data.copy_(weights[bias])
         for name, parameter in self.encoder.named_parameters():
             if name.startswith("pooler.") or (freeze_encoder and parameter is not self.table):
                 parameter.requires_grad_(False)
@@ -419,8 +427,8 @@ class DualTraining(Distiller):
 
     The paper's rows: NoKD is ``teacher=None``; DualTrain ``direction=None``; DualTrain+SharedProjDown ``"down"``;
     DualTrain+SharedProjUp ``"up"``. Without a projection the two have nothing in common but the step: the student
-    gets the gradients that it would get alone. ``projected="embeddings"`` is the least that ties them, by the table of
-    pieces that the teacher has learned to use in its own contexts.
+    gets the gradients that it would get alone. ``projected="embeddings"`` ties them by the tables alone: that of
+    pieces, which the teacher has learned to use in its own contexts, and those of positions and token types.
 
     A `Distiller` whose teacher is no guest: it trains, and its weights lie with the objective's. `DistillationTrainer`
     takes it: checkpoints hold the student alone in hub format, and teacher, head and projections beside it in
