@@ -92,8 +92,9 @@ class TaskMixture(Dataset[dict[str, Any]]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The row of a task; counted on from the last one, the same rows that count nothing, see `TaskBatches`."""
-        again, index = divmod(index, len(self))
+        """The row of a task; ``-1 - index`` is the same row, which then counts nothing, see `TaskBatches`."""
+        again = index < 0
+        index = -1 - index if again else index
         task = int(np.searchsorted(self._starts, index, side="right")) - 1
         name = list(self.tasks)[task]
         row = dict(self.tasks[name][int(index - self._starts[task])]) | {TASK: name}
@@ -122,8 +123,8 @@ class TaskBatches(Sampler[list[int]]):
 
     They come in groups of ``parts``, which make one optimizer step and are of one task: the batches of all processes
     and of gradient accumulation. What is left of a task at the end of an epoch is shared out among the parts of a
-    smaller step. A part that gets none repeats a row, numbered from the mixture's length on, which counts nothing:
-    steps and their rows are the same however they are cut into parts.
+    smaller step. A part that gets none repeats a row, numbered from -1 downwards, which counts nothing: steps
+    and their rows are the same however they are cut into parts.
 
     Args:
         size: rows per batch.
@@ -158,7 +159,7 @@ class TaskBatches(Sampler[list[int]]):
             number, rows = steps[index]
             rows = rows + self.mixture._starts[number]
             for part in np.array_split(rows, self.parts):
-                yield part.tolist() or [int(rows[0]) + len(self.mixture)]
+                yield part.tolist() or [-1 - int(rows[0])]
 
     def _stream(self, number: int, name: str, start: int, count: int) -> np.ndarray:
         """``count`` rows of a task, from place ``start`` of its endless sequence of permutations."""

@@ -65,7 +65,7 @@ found.clear()
         printed = in_a_new_process(["-c", other])
         assert f"{tmp_path / 'student'} is being built by another run in the same folder" in printed
         assert "--resume" in printed
-        assert f"--overwrite: another run is at work in {tmp_path}" in printed
+        assert f"--overwrite: another run is building student in {tmp_path}" in printed
         assert (folder / "half").read_text(encoding="utf-8") == "mine"
         assert {path.name for path in (tmp_path / "work").iterdir()} == {"student", "student.new", "student.lock"}
         return 1

@@ -269,8 +269,9 @@ def plan_mtdnn(config: MTDNNConfig, *, resume: bool, overwrite: bool, dry_run: b
     for name, section in config.tasks.items():
         found = [collect(problems, _teacher, name, one, section, tasks[name]) for one in section.teachers]
         teachers[name] = [one for one in found if one is not None]
-        if section.taught and config.teachers.cache is not None:
-            problems += _check_caches(name, section, Path(config.teachers.cache).expanduser(), output)
+        if section.taught and "mtdnn_kd" in config.arms and config.teachers.cache is not None:
+            kept = None if overwrite else output
+            problems += _check_caches(name, section, Path(config.teachers.cache).expanduser(), kept)
         if resume and section.train_teachers:
             problems += _check_starts(config, name, output)
     complete = {name: task for name, task in tasks.items() if task is not None}
@@ -362,21 +363,22 @@ def _teacher(name: str, source: str, section: TaskSection, task: Task | None) ->
     return found
 
 
-def _check_caches(name: str, section: TaskSection, folder: Path, output: Path) -> list[str]:
-    """Return why a task's caches cannot be those of its teachers."""
+def _check_caches(name: str, section: TaskSection, folder: Path, kept: Path | None) -> list[str]:
+    """Return why a task's caches cannot be those of its teachers, of which finished ones are ``kept`` there."""
     problems = []
     for number in range(1, (section.train_teachers or len(section.teachers)) + 1):
         cache = folder / f"{name}-{number}"
-        if section.train_teachers and cache.exists() and not (output / f"teachers/{name}-{number}").exists():
+        trained = kept is not None and Stages(kept).has(f"teachers/{name}-{number}")
+        try:
+            found = whole_logits(cache)
+        except ValueError as error:
+            problems.append(f"teachers.cache: {error}")
+            continue
+        if found is not None and section.train_teachers and not trained:
             problems.append(
                 f"teachers.cache: {cache} is of another teacher: that of this run is yet to be trained. Choose another "
                 f"folder, or give that teacher (tasks.{name}.teachers) instead of train_teachers"
             )
-            continue
-        try:
-            whole_logits(cache)
-        except ValueError as error:
-            problems.append(f"teachers.cache: {error}")
     return problems
 
 

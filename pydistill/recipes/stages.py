@@ -72,13 +72,14 @@ def open_output(plan: PlanBase, entries: Sequence[str]) -> None:
     """Make the output folder this run's own: remove ``entries`` if told to, and say whose configuration it is.
 
     Raises:
-        StageError: ``entries`` are to be removed while another run is at work there.
+        StageError: ``entries`` are to be removed while another run is building a stage there.
     """
 
     def open_it() -> None:
         if plan.overwrite:
             for lock in (plan.output / WORK).glob("*.lock"):
-                with _held(lock, f"--overwrite: another run is at work in {plan.output}; wait for it, or end it"):
+                busy = f"--overwrite: another run is building {lock.stem} in {plan.output}; wait for it, or end it"
+                with _held(lock, busy):
                     pass
             for name in entries:
                 path = plan.output / name
