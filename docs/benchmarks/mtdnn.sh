@@ -7,7 +7,7 @@
 #
 # DATA holds a folder for each task: cola, sst2, mrpc, stsb, qqp_subset, snli, qnli and rte. Settings, with their defaults:
 #   SEEDS="1"   e.g. "1 2 3"
-#   EPOCHS=2   of the students; a teacher, which goes on from a student, takes one more
+#   EPOCHS=2   of the students; teachers, and the tuning on each task, go on from one and take one more
 #   PYDISTILL=pydistill   the command
 #   RUN_ARGS              more --key value
 set -euo pipefail

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydistill.report import OTHER_COLOUR, TEACHER_COLOUR, Page, Picture, draw_line, mean_and_spread
+from pydistill.report import TEACHER_COLOUR, Page, Picture, draw_line, mean_and_spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _every_seed(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _colour(name: str) -> str:
-    return OTHER_COLOUR if name.endswith(TUNED) else ARMS[name][1]
+    return ARMS[name.removesuffix(TUNED)][1]
 
 
 def draw_scores(results: Mapping[str, Any]) -> Figure:
