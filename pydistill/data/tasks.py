@@ -288,7 +288,7 @@ def _hold_out(
 def _hold_out_groups(
     frame: pandas.DataFrame, amount: int | float, config: DataConfig, key: str
 ) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """The same in whole groups of rows with the same first text: the last ones, or random ones, are held out."""
+    """`_hold_out` by whole groups of rows with the same first text: the last ones, or random ones, are held out."""
     groups = pandas.Series(frame[config.text_columns[0]].unique())
     if config.split == "random":
         groups = groups.sample(frac=1.0, random_state=config.split_seed)

@@ -382,18 +382,22 @@ def _check_caches(name: str, section: TaskSection, folder: Path, kept: Path | No
     return problems
 
 
-def _start(config: MTDNNConfig, number: int) -> str:
-    """What the ``number``-th teacher of a task, from 1, is fine-tuned from: as many different starts as there are."""
-    if config.teachers.start == "encoder":
-        return "encoder"
-    return f"mtdnn/seed{config.seeds[(number - 1) % len(config.seeds)]}"
+def _start_seed(config: MTDNNConfig, number: int) -> int | None:
+    """The seed of the model that the ``number``-th teacher of a task, from 1, goes on from: as many different ones as
+    there are; None: the encoder."""
+    return config.seeds[(number - 1) % len(config.seeds)] if config.teachers.start == "mtdnn" else None
+
+
+def _start(seed: int | None) -> str:
+    """What the record of a teacher calls its start."""
+    return "encoder" if seed is None else f"mtdnn/seed{seed}"
 
 
 def _check_starts(config: MTDNNConfig, name: str, output: Path) -> list[str]:
     """Return whether teachers that are finished would be others in a run of these seeds from its beginning."""
     problems = []
     for number in range(1, config.tasks[name].train_teachers + 1):
-        folder, now = output / f"teachers/{name}-{number}", _start(config, number)
+        folder, now = output / f"teachers/{name}-{number}", _start(_start_seed(config, number))
         if (folder / TRAINING_FILE).is_file() and (before := _record(folder).get("start", now)) != now:
             problems.append(
                 f"seeds: the teacher {folder} was fine-tuned from {before}, and would be from {now} with the seeds "
@@ -685,13 +689,11 @@ class _Run:
         folders = []
         block = _block(config, config.teachers.train)
         for number in range(1, section.train_teachers + 1):
-            start = _start(config, number)
-            source = self.plan.encoder
-            if start != "encoder":
-                source = str(self._multi("mtdnn", config.seeds[(number - 1) % len(config.seeds)]))
+            start = _start_seed(config, number)
+            source = self.plan.encoder if start is None else str(self._multi("mtdnn", start))
             model = self._maker(source, [name], number)
             stage, what = f"teachers/{name}-{number}", f"from {source}"
-            folder = self._training(stage, what, model, [name], False, block, number, start=start)
+            folder = self._training(stage, what, model, [name], False, block, number, start=_start(start))
             folders.append(str(folder))
         # Another run in the same folder, of other seeds, may have come first.
         if problems := _check_starts(config, name, self.plan.output):
